@@ -21,12 +21,20 @@ import onnx_ir as ir
 
 
 class PassFailed(Exception):
-    """A pass cannot go on with this model. The pass loop adds the pass's name and turns it into its typed error."""
+    """A pass cannot go on with this model. The pass loop adds its name and turns it into its typed error."""
 
     def __init__(self, what: str, *, node: str | None = None, hint: str | None = None) -> None:
         super().__init__(what)
         self.node = node
         self.hint = hint
+
+
+class UnknownPass(PassFailed, ValueError):
+    """No pass has that name."""
+
+
+class InvalidOption(PassFailed, ValueError):
+    """A pass has no such option, or the value is not of its type."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,7 +83,8 @@ def label(node: ir.Node) -> str:
 
 def graphs(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
     """The main graph, every function body, and every subgraph inside them, outermost first."""
-    for top in (model.graph, *model.functions.values()):
+    tops: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for top in tops:
         yield top
         yield from top.subgraphs()
 

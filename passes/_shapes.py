@@ -1,0 +1,109 @@
+"""Shape inference that never moves a weight: onnx's own, on a copy of the graph without its big tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from passes.base import PassFailed
+
+#: tensors up to this many elements travel with the graph: shapes, axes, indices, repeats
+_SMALL = 256
+
+
+def skeleton(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.Value]]:
+    """The model as a proto in which every big initializer of the main graph is a typed graph input instead.
+
+    Returns:
+        The proto, and the initializers that became inputs, by name. The model is as it was.
+    """
+    big = {
+        name: value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and value.const_value.size > _SMALL
+    }
+    tensors = {name: value.const_value for name, value in big.items()}
+    try:
+        for value in big.values():
+            value.const_value = ir.Tensor(np.empty(0, np.bool_), name=value.name)
+        proto = ir.to_proto(model)
+    finally:
+        for name, value in big.items():
+            value.const_value = tensors[name]
+    small = [tensor for tensor in proto.graph.initializer if tensor.name not in big]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(small)
+    listed = {value.name for value in proto.graph.input}
+    for name, tensor in tensors.items():
+        assert tensor is not None
+        if name not in listed:
+            shape = [d if isinstance(d, int) else None for d in tensor.shape]
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, int(tensor.dtype), shape))
+    return proto, big
+
+
+def infer_shapes(model: ir.Model) -> bool:
+    """Fills in types and shapes that are unknown, of every value that onnx's inference can tell.
+
+    What is known already stays as it is, inputs and outputs of the model included.
+
+    Returns:
+        Whether anything was filled in.
+
+    Raises:
+        PassFailed: the graph contradicts itself.
+    """
+    proto, _ = skeleton(model)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(
+            proto, check_type=False, strict_mode=False, data_prop=True
+        )
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
+        raise PassFailed(
+            f"shape inference refuses the graph: {error}", hint="check the model with onnx.checker"
+        ) from error
+    return _merge(model.graph, inferred.graph)
+
+
+def _merge(graph: ir.Graph, proto: onnx.GraphProto) -> bool:
+    infos = {info.name: info.type for info in proto.value_info}
+    changed = False
+    for node, node_proto in zip(graph, proto.node, strict=True):
+        changed |= _fill(node.outputs, infos)
+        for attribute in node_proto.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                changed |= _merge(node.attributes[attribute.name].as_graph(), attribute.g)
+            elif attribute.type == onnx.AttributeProto.GRAPHS:
+                bodies = node.attributes[attribute.name].as_graphs()
+                for body, body_proto in zip(bodies, attribute.graphs, strict=True):
+                    changed |= _merge(body, body_proto)
+    return changed
+
+
+def _fill(values: Iterable[ir.Value], infos: dict[str, onnx.TypeProto]) -> bool:
+    changed = False
+    for value in values:
+        info = infos.get(value.name or "")
+        if info is None or value.is_graph_output():
+            continue
+        if value.type is None:
+            value.type = ir.serde.deserialize_type_proto_for_type(info)
+            changed |= value.type is not None
+        shape = ir.serde.deserialize_type_proto_for_shape(info)
+        if shape is None:
+            continue
+        if value.shape is None:
+            value.shape = shape
+            changed = True
+        elif len(value.shape) == len(shape):
+            for index, (old, new) in enumerate(zip(value.shape, shape, strict=True)):
+                vague = not isinstance(old, int) and (isinstance(new, int) or old.value is None)
+                if vague and old != new:
+                    if value.shape.frozen:
+                        value.shape = value.shape.copy()
+                    value.shape[index] = new
+                    changed = True
+    return changed
