@@ -86,7 +86,8 @@ class TensorSpec:
 
     Attributes:
         name: the graph's name for it.
-        dtype: numpy's name of the element type ("float32", "int64", "bool"), or "bfloat16" or "string".
+        dtype: numpy's name of the element type ("float32", "int64", "bool"), "string", or ml_dtypes' name of
+            one that numpy lacks ("bfloat16", "float8_e4m3fn").
         shape: one entry a dimension: an int where it is fixed, a str where it is symbolic
             (equal names are equal sizes), None where nothing is known. None in place of the
             tuple when even the rank is unknown.
@@ -116,7 +117,9 @@ class Target:
         """Reads ``runtime[:device]``. Raises InvalidInput on anything else."""
         match = _TARGET.fullmatch(text)
         if match is None:
-            raise InvalidInput(f"not a target: {text!r}", hint="write RUNTIME or RUNTIME:DEVICE, such as ort-cpu")
+            raise InvalidInput(
+                f"not a target: {text!r}", hint="write RUNTIME or RUNTIME:DEVICE, such as ort-cpu"
+            )
         return cls(match["runtime"], match["device"])
 
     def __str__(self) -> str:
@@ -153,6 +156,7 @@ class Compiled:
             made it, relative to the folder. None when there is none.
         fingerprint: what ``prepared_file`` is bound to, each as text. It is used only where all of
             it is equal on the machine that loads.
+        remarks: what a person should know, such as why there is no prepared file.
     """
 
     target: Target
@@ -160,6 +164,27 @@ class Compiled:
     model_file: str | None
     prepared_file: str | None = None
     fingerprint: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the folder, as JSON values; ``from_json`` with the folder reads it back."""
+        return {
+            "target": str(self.target),
+            "model_file": self.model_file,
+            "prepared_file": self.prepared_file,
+            "fingerprint": dict(self.fingerprint),
+            "remarks": list(self.remarks),
+        }
+
+    @classmethod
+    def from_json(cls, directory: Path, tree: Mapping[str, Any]) -> Compiled:
+        """Reads ``to_json``. Raises KeyError where an entry is missing, InvalidInput on a bad target."""
+        target = Target.parse(tree["target"])
+        remarks = tuple(tree.get("remarks", ()))
+        return cls(
+            target, directory, tree["model_file"], tree["prepared_file"], dict(tree["fingerprint"]), remarks
+        )
+
+    remarks: tuple[str, ...] = ()
 
 
 class Binding(abc.ABC):
@@ -244,6 +269,13 @@ class Backend(abc.ABC):
             CompileFailed: the runtime refused it.
             TargetUnavailable: this backend does not work here.
         """
+
+    def selects(self, compiled: Compiled, *, options: Any = None) -> str:
+        """Says which file ``load`` will open here, relative to the folder, without opening it.
+
+        A package checks the digests of that file and of those that belong to it, and of no others.
+        """
+        return compiled.model_file or compiled.prepared_file or ""
 
     @abc.abstractmethod
     def load(self, compiled: Compiled, *, options: Any = None) -> Session:
