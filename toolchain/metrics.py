@@ -40,7 +40,9 @@ def tensor_error(reference: np.ndarray, candidate: np.ndarray) -> TensorError:
         raise ValueError(f"shapes differ: {reference.shape} and {candidate.shape}")
     if reference.dtype.kind in "OSU":  # strings are equal or they are not
         same = bool(np.array_equal(reference, candidate))
-        return TensorError(0.0 if same else math.inf, *((0.0, math.inf, 1.0) if same else (math.inf, -math.inf, 0.0)), None)
+        return TensorError(
+            0.0 if same else math.inf, *((0.0, math.inf, 1.0) if same else (math.inf, -math.inf, 0.0)), None
+        )
     ref = np.asarray(reference, dtype=np.float64)
     cand = np.asarray(candidate, dtype=np.float64)
     finite = np.isfinite(ref) & np.isfinite(cand)

@@ -1,0 +1,58 @@
+# Two commands: `make engine MODEL=resnet50` and `make test`. Everything is installed into .venv.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+MODEL  ?=
+TARGET ?= ort-cpu
+# Extra flags for `toolchain build`, such as ARGS="--verify-each --dump-dir dump".
+ARGS   ?=
+EVAL   ?=
+WEIGHTS ?=
+OUT    ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install engine test lint types check bench doctor clean
+
+help:
+	@echo 'make engine MODEL=resnet50 [TARGET="ort-cpu"] [EVAL=folder] [WEIGHTS=auto|random|PATH] [OUT=folder] [ARGS=...]'
+	@echo 'make test      lint, types and the whole test suite'
+	@echo 'make bench     the measurements of benchmarks/'
+	@echo 'make doctor    what this machine can run, and why not'
+	@echo 'make clean     removes .venv and build leftovers; artifacts/ stays'
+
+# Installed again when the list of packages changes; a half-finished install leaves no stamp.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing into $(VENV) (the first time takes a few minutes) ...'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ort-cpu,export,images,dev]'
+	@touch $@
+
+install: $(VENV)/installed
+
+engine: install
+	@test -n '$(MODEL)' || { echo 'which model? make engine MODEL=resnet50 (or a .onnx, .pt2, file.py:factory, hf:..., recipe.yaml)'; exit 2; }
+	@$(BIN)/toolchain build '$(MODEL)' $(foreach t,$(TARGET),--target '$(t)') $(if $(EVAL),--eval-data '$(EVAL)') \
+		$(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(OUT),--output '$(OUT)') $(ARGS)
+
+test: check
+	$(BIN)/python -m pytest -q
+
+check: lint types
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/run_all.py
+
+doctor: install
+	@$(BIN)/toolchain doctor
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,30 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def assets_dir() -> Path:
+    """Where real weights and images would be: $ASSETS, or ../shared/assets beside the project."""
+    return Path(os.environ.get("ASSETS", ROOT.parent / "shared" / "assets"))
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real weights and images; the test skips where it is absent."""
+    path = assets_dir()
+    if not path.is_dir():
+        pytest.skip("no real weights and images: set ASSETS to their folder")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the user's cache."""
+    monkeypatch.setenv("TOOLCHAIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

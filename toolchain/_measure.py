@@ -1,0 +1,133 @@
+"""Child process of ``benchmark.py``: loads what it is told, runs it, and answers in JSON lines.
+
+It imports numpy, ``runtimes`` and the input generator only, so that load time and memory are those of a service.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import runtimes
+from toolchain.compile import read_compiled, session_options
+from toolchain.seeded import seeded_inputs
+
+#: Runs of one side before the other has its turn: long enough to warm the caches again, short against drift.
+_BLOCK_SECONDS = 0.05
+
+
+def main() -> int:
+    job = json.load(sys.stdin)
+    try:
+        _run(job)
+    except runtimes.Error as error:
+        _say({"error": error.what, "where": error.where, "hint": error.hint})
+        return 1
+    return 0
+
+
+def _say(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+def _load(subject: dict[str, Any], threads: int) -> tuple[runtimes.Session, float]:
+    started = time.perf_counter()
+    options: Any = None
+    if threads or subject["options"]:
+        options = {**subject["options"], **({"intra_op_threads": threads} if threads else {})}
+    if subject["compiled"]:
+        compiled = read_compiled(Path(subject["path"]))
+        typed = session_options(compiled.target, options or {})
+        session = runtimes.backend(compiled.target.runtime).load(compiled, options=typed)
+    else:
+        session = runtimes.load(subject["path"], target=subject["target"], variant=subject["variant"], options=options)
+    return session, (time.perf_counter() - started) * 1e3
+
+
+def _run(job: dict[str, Any]) -> None:
+    plan, threads = job["plan"], job["threads"]
+    loaded = [_load(subject, threads) for subject in job["subjects"]]
+    sessions = [session for session, _ in loaded]
+    for batch in plan["batch_sizes"]:
+        feeds = [seeded_inputs(s.inputs, batch=batch, seed=plan["seed"], dims=plan["dims"]) for s in sessions]
+        if job["interleave"]:
+            _say({"batch": batch, "blocks_ms": _interleaved(sessions, feeds, plan)})
+            continue
+        session = sessions[0]
+        started = time.perf_counter()
+        session.run(feeds[0])
+        first_ms = (time.perf_counter() - started) * 1e3
+        _say({"progress": f"batch {batch}: first run {first_ms:.1f} ms"})
+        samples = _repeat(session, feeds[0], plan)
+        _say(
+            {
+                "batch": batch,
+                "samples_ms": samples,
+                "load_ms": loaded[0][1],
+                "first_ms": first_ms,
+                "peak_memory_mb": _peak_memory() / 1e6,
+                "info": dict(session.info),
+                "target": str(session.target),
+                "digest": session.info.get("digest"),
+            }
+        )
+
+
+def _repeat(session: runtimes.Session, feeds: dict[str, Any], plan: dict[str, Any]) -> list[float]:
+    for _ in range(plan["warmup"]):
+        session.run(feeds)
+    samples: list[float] = []
+    begun = time.perf_counter()
+    while True:
+        started = time.perf_counter()
+        session.run(feeds)
+        ended = time.perf_counter()
+        samples.append((ended - started) * 1e3)
+        if ended - begun >= plan["duration_s"] and len(samples) >= plan["count"]:
+            return samples
+
+
+def _interleaved(sessions: list[runtimes.Session], feeds: list[Any], plan: dict[str, Any]) -> list[list[float]]:
+    """Medians of alternating blocks, A B A B; the order within a pair is swapped every time."""
+    once = []
+    for session, feed in zip(sessions, feeds, strict=True):
+        for _ in range(max(1, plan["warmup"])):
+            started = time.perf_counter()
+            session.run(feed)
+            last = time.perf_counter() - started
+        once.append(last)
+    runs = max(1, round(_BLOCK_SECONDS / max(once)))
+    blocks: list[list[float]] = [[] for _ in sessions]
+    begun = time.perf_counter()
+    while True:
+        order = range(len(sessions)) if len(blocks[0]) % 2 == 0 else reversed(range(len(sessions)))
+        for side in order:
+            samples = []
+            for _ in range(runs):
+                started = time.perf_counter()
+                sessions[side].run(feeds[side])
+                samples.append((time.perf_counter() - started) * 1e3)
+            blocks[side].append(statistics.median(samples))
+        if time.perf_counter() - begun >= plan["duration_s"] and len(blocks[0]) * runs >= plan["count"]:
+            return blocks
+
+
+def _peak_memory() -> int:
+    """Peak resident memory of this process in bytes."""
+    # VmHWM, not ru_maxrss: the latter survives exec and would count the parent's memory at the fork
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Writes the artifact: an ONNX Runtime model package, in the layout that ``runtimes/package.py`` describes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import runtimes
+from runtimes import package
+from runtimes._manifest import SCHEMA
+from toolchain.report import BuildReport, from_json
+from toolchain.storage import replacing_directory, reported
+
+#: Where the exported model lies in an artifact.
+EXPORTED = "export/model.onnx"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Variant:
+    """One entry of the package: what was compiled, its precision, and the session options it asks for."""
+
+    compiled: runtimes.Compiled
+    precision: str
+    session_options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Such as ``ort-cpu-fp32``; it names the folder too, so a device's colon becomes a dash."""
+        return f"{str(self.compiled.target).replace(':', '-')}-{self.precision}"
+
+
+def write_artifact(
+    destination: Path,
+    *,
+    name: str,
+    version: str,
+    variants: Sequence[Variant],
+    exported: Path,
+    texts: Mapping[str, str],
+    metadata: Mapping[str, Any],
+) -> None:
+    """Writes the package to a folder beside ``destination`` and puts it there in one step.
+
+    Args:
+        destination: the artifact's folder; an older one there is replaced whole.
+        name: the package's name.
+        version: the package's version.
+        variants: best first: who loads takes the first that runs there.
+        exported: the folder of the exported model, ``model.onnx`` and any external data.
+        texts: further files by relative path (the recipe, the reports).
+        metadata: our own data, readable as ``Package.metadata``.
+
+    Raises:
+        StorageError: the disk is full or not writable; what was there before is untouched.
+    """
+    with replacing_directory(destination, "the artifact") as root:
+        digests: dict[str, str] = {}
+        for variant in variants:
+            _copy_tree(variant.compiled.directory, root / variant.name, root, digests)
+        _copy_tree(exported, root / Path(EXPORTED).parent, root, digests, only="model.onnx*")
+        for relative, text in texts.items():
+            path = root / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            digests[relative] = hashlib.sha256(text.encode()).hexdigest()
+        files = {path: {"sha256": sha, "size": (root / path).stat().st_size} for path, sha in sorted(digests.items())}
+        manifest = {
+            "schema_version": "1.0",
+            "package_name": name,
+            "package_version": version,
+            "layout": "portable",
+            "components": {"model": {"variants": {v.name: _variant_entry(v) for v in variants}}},
+            "additional_metadata": {"toolchain": {"schema": SCHEMA, "files": files, **metadata}},
+        }
+        text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        (root / "manifest.json").write_text(text, encoding="utf-8")
+    # Read back what the disk now holds; the receipt of it saves the first load from doing that again.
+    package.write_receipt(destination)
+
+
+def _variant_entry(variant: Variant) -> dict[str, Any]:
+    compiled = variant.compiled
+    backend = runtimes.backend(compiled.target.runtime)
+    executor_info: dict[str, Any] = {
+        "toolchain": {
+            **compiled.to_json(),
+            "precision": variant.precision,
+            "session_options": dict(variant.session_options),
+        }
+    }
+    entry: dict[str, Any] = {"variant_directory": variant.name, "executor_info": executor_info}
+    if backend.execution_provider is not None:
+        # ONNX Runtime's own slot: any program on ONNX Runtime can open the portable form.
+        executor_info["ort"] = {"model_file": compiled.model_file, "session_options": {}}
+        entry |= {"ep": backend.execution_provider, "device": backend.device_class}
+    return entry
+
+
+def _copy_tree(source: Path, destination: Path, root: Path, digests: dict[str, str], *, only: str = "*") -> None:
+    """Copies files, hashing what passes through, so that they are read once."""
+    for file in sorted(source.rglob(only)):
+        if not file.is_file():
+            continue
+        target = destination / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digests[target.relative_to(root).as_posix()] = _copy_hashing(file, target)
+
+
+def _copy_hashing(source: Path, destination: Path) -> str:
+    digest = hashlib.sha256()
+    with (
+        reported(destination, destination.name),
+        source.open("rb") as reader,
+        destination.open("wb") as writer,
+    ):
+        while block := reader.read(1 << 20):
+            digest.update(block)
+            writer.write(block)
+    shutil.copymode(source, destination)
+    return digest.hexdigest()
+
+
+def read_report(artifact: Path, *, build_key: str) -> BuildReport | None:
+    """The report of an artifact that is whole and was built with this key; None where it is not so.
+
+    A damaged or foreign folder is not an error here: it is about to be replaced.
+    """
+    try:
+        found = package.read_package(artifact)
+        if found.metadata.get("build_key") != build_key:
+            return None
+        found.verify()
+        return from_json(BuildReport, json.loads((artifact / "report.json").read_text(encoding="utf-8")))
+    except (runtimes.InvalidArtifact, OSError, ValueError):
+        return None

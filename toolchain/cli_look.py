@@ -1,0 +1,217 @@
+"""Commands that look and tidy: inspect, doctor, passes, targets, init, cache."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+import passes as pass_table
+import runtimes
+from runtimes import package
+from toolchain import console, models
+from toolchain.cache import Cache, Entry
+from toolchain.doctor import diagnose
+from toolchain.recipe import commented
+from toolchain.render import megabytes, table
+from toolchain.report import to_json
+
+looking = typer.Typer()
+Json = Annotated[bool, typer.Option("--json", help="print the result as one line of JSON")]
+
+
+@looking.command()
+def init(
+    model: Annotated[str, typer.Argument(help="the model to write a recipe for", show_default=False)],
+) -> None:
+    """Writes a commented recipe to standard output: toolchain init resnet50 > recipe.yaml."""
+    models.resolve(model)
+    sys.stdout.write(commented(model))
+
+
+@looking.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="an artifact's folder, or an .onnx file", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Shows what a model takes and gives, or what an artifact holds."""
+    found = _inspect_artifact(path) if path.is_dir() else _inspect_model(path)
+    if json:
+        console.print_json(found)
+        return
+    for key, value in found.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        lines = value if isinstance(value, list) else [value]
+        for number, line in enumerate(lines):
+            console.out.print(Text(f"{key if number == 0 else '':<14} {line}"))
+
+
+def _inspect_model(path: Path) -> dict[str, Any]:
+    from toolchain.evaluate import input_specs, output_specs
+    from toolchain.onnx_file import read_onnx
+
+    model = read_onnx(path)
+    scopes = [model.graph, *model.graph.subgraphs(), *model.functions.values()]
+    weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    ops = collections.Counter(
+        node.op_type if not node.domain else f"{node.domain}.{node.op_type}" for g in scopes for node in g
+    )
+    return {
+        "model": path.name,
+        "producer": f"{model.producer_name or 'unknown'} {model.producer_version or ''}".strip(),
+        "ir version": model.ir_version,
+        "opsets": {domain or "ai.onnx": version for domain, version in model.opset_imports.items()},
+        "inputs": [str(spec) for spec in input_specs(model)],
+        "outputs": [str(spec) for spec in output_specs(model)],
+        "parameters": sum(int(w.size) for w in weights),
+        "weights": megabytes(sum(w.nbytes for w in weights)),
+        "nodes": sum(ops.values()),
+        "ops": dict(ops.most_common()),
+    }
+
+
+def _inspect_artifact(path: Path) -> dict[str, Any]:
+    found = package.read_package(path)
+    found.verify()
+    variants = []
+    for variant in found.variants:
+        state = runtimes.backend(variant.target.runtime).probe()
+        here = "runs here" if state.available else f"does not run here: {state.reason}"
+        variants.append(f"{variant.name}: {variant.precision} for {variant.target}, {here}")
+    metadata = found.metadata
+    with runtimes.load(path) as session:
+        inputs, outputs = [str(s) for s in session.inputs], [str(s) for s in session.outputs]
+        taken = dict(session.info)
+    return {
+        "artifact": found.name,
+        "digests": f"all {len(found.files)} files are as they were written",
+        "warnings": metadata.get("warnings") or "none",
+        "model": metadata["source"]["model"],
+        "weights": metadata["source"]["weights"],
+        "inputs": inputs,
+        "outputs": outputs,
+        "variants": variants,
+        "loads": taken,
+        "preprocessing": metadata.get("preprocessing") or "none",
+        "latency": metadata.get("latency_ms"),
+    }
+
+
+@looking.command()
+def doctor(json: Json = False) -> None:
+    """Says what this machine can run, and why not."""
+    found = diagnose()
+    if json:
+        console.print_json(found)
+        return
+    m = found.machine
+    console.out.print(Text(f"{m.cpu}, {m.cores} cores, {m.memory / 1e9:.1f} GB; {m.system}; Python {m.python}"))
+    console.out.print(Text(f"cache: {found.cache}, {found.cache_free / 1e9:.1f} GB free"))
+    rows = [(name, *_state(a)) for name, a in found.runtimes.items()]
+    console.out.print(table(("Runtimes", ("target", "works", "version", "why not", "what mends it"), rows)))
+    rows = [(name, *_state(a)) for name, a in found.sources.items()]
+    console.out.print(
+        table(("Sources of models and data", ("from", "works", "version", "why not", "what mends it"), rows))
+    )
+    for finding in found.findings:
+        console.out.print(Text(f"problem: {finding.what}\n  next: {finding.remedy}", style="yellow"))
+
+
+def _state(state: runtimes.Availability) -> tuple[str, str, str, str]:
+    return "yes" if state.available else "no", state.version or "-", state.reason or "-", state.remedy or "-"
+
+
+@looking.command()
+def targets(json: Json = False) -> None:
+    """Lists the targets of `build`, and whether each works here."""
+    found = runtimes.available()
+    if json:
+        console.print_json(found)
+        return
+    rows = [(name, *_state(a)) for name, a in found.items()]
+    console.out.print(table(("Targets", ("target", "works", "version", "why not", "what mends it"), rows)))
+
+
+@looking.command()
+def passes(json: Json = False) -> None:
+    """Lists the graph passes, their options, and the order of the default pipeline."""
+    order = {name: number for number, name in reversed(list(enumerate(pass_table.DEFAULT_PIPELINE, start=1)))}
+    names = sorted(pass_table.PASSES, key=lambda name: (order.get(name, len(order) + 99), name))
+    if json:
+        console.print_json(
+            {
+                "default_pipeline": pass_table.DEFAULT_PIPELINE,
+                "passes": [
+                    {"name": n, "summary": pass_table.summary(n), "options": pass_table.options(n)} for n in names
+                ],
+            }
+        )
+        return
+    rows = [
+        (
+            str(order.get(name, "-")),
+            name,
+            pass_table.summary(name),
+            "; ".join(f"{o.name}: {o.type} = {o.default}" for o in pass_table.options(name)) or "-",
+        )
+        for name in names
+    ]
+    console.out.print(table(("Passes", ("default", "pass", "what it does", "options"), rows)))
+
+
+cache = typer.Typer(help="Shows or empties the cache of stages.", no_args_is_help=True)
+looking.add_typer(cache, name="cache")
+
+
+@cache.command("list")
+def list_cache(json: Json = False) -> None:
+    """Lists what is kept, least recently used first."""
+    store = Cache()
+    entries = store.entries()
+    if json:
+        console.print_json(
+            {
+                "root": str(store.root),
+                "cap": store.cap,
+                "entries": [{**to_json(e), "path": str(e.path)} for e in entries],
+            }
+        )
+        return
+    rows = [(e.stage, e.key[:12], megabytes(e.size), _when(e.used)) for e in entries]
+    console.out.print(table((str(store.root), ("stage", "key", "size", "last used"), rows)))
+    console.out.print(Text(f"{megabytes(sum(e.size for e in entries))} of {megabytes(store.cap)}"))
+
+
+@cache.command("prune")
+def prune_cache(
+    size: Annotated[str | None, typer.Option(help="keep at most this much, such as 2G", show_default="the cap")] = None,
+    json: Json = False,
+) -> None:
+    """Removes the least recently used entries until the rest fits."""
+    from toolchain.cache import parse_size
+
+    store = Cache()
+    _told(store.evict(cap=parse_size(size, where="--size") if size else None), json)
+
+
+@cache.command("clear")
+def clear_cache(json: Json = False) -> None:
+    """Removes every entry that no running build uses."""
+    _told(Cache().clear(), json)
+
+
+def _told(gone: list[Entry], json: bool) -> None:
+    if json:
+        console.print_json([{**to_json(e), "path": str(e.path)} for e in gone])
+    else:
+        console.out.print(Text(f"removed {len(gone)} entries, {megabytes(sum(e.size for e in gone))}"))
+
+
+def _when(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds).isoformat(sep=" ", timespec="seconds")

@@ -1,0 +1,77 @@
+"""What every command shares: where text and JSON go, the spinner, and how errors end a command."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from runtimes import Error
+from toolchain.report import dumps
+from toolchain.storage import REASONS
+
+#: Results go to standard output, everything else to standard error, so that a pipe gets results only.
+#: A pipe has no width: tables are not folded to 80 columns there.
+out = Console(soft_wrap=False, highlight=False, width=None if sys.stdout.isatty() else 200)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with a text that can be changed; silent where standard error is not a terminal."""
+    if not err.is_terminal:
+        yield lambda text: None
+        return
+    with err.status(Text(text)) as spinner:
+        yield lambda text: spinner.update(Text(text))
+
+
+def print_json(value: Any) -> None:
+    """One line of strict JSON on standard output."""
+    sys.stdout.write(dumps(value) + "\n")
+
+
+def run(command: Callable[[], Any], *, debug: bool) -> int:
+    """Runs a command and turns what it raises into text and an exit code: 2 for our typed errors, 130 for Ctrl-C,
+    1 for a defect of ours."""
+    try:
+        command()
+    except Error as error:
+        if debug:
+            traceback.print_exc()
+        err.print(Text(f"error: {error}", style="red"))
+        return 2
+    except KeyboardInterrupt:
+        err.print(Text("interrupted; nothing half-written was left", style="red"))
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        sys.stdout = None  # or the interpreter complains at exit
+        return 0
+    except OSError as error:
+        if error.errno not in REASONS:
+            return _defect(error, debug)
+        if debug:
+            traceback.print_exc()
+        err.print(Text(f"error: {REASONS[error.errno or 0]}\n  at:   {error.filename or 'unknown'}", style="red"))
+        return 2
+    except Exception as error:  # noqa: BLE001 - the last line of defence: a user gets a sentence, not a page
+        return _defect(error, debug)
+    return 0
+
+
+def _defect(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    err.print(
+        Text(
+            f"error: unexpected {type(error).__name__}: {error}\n"
+            "  next: this is a defect in the toolchain; run it again with --debug and report the traceback",
+            style="red",
+        )
+    )
+    return 1

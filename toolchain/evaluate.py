@@ -1,0 +1,79 @@
+"""The unoptimised reference: runs an in-memory graph as it stands, with any of its values as extra outputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+import runtimes
+from toolchain.onnx_file import temporary_onnx
+
+Feeds = dict[str, np.ndarray]
+
+
+@contextlib.contextmanager
+def reference_session(model: ir.Model, *, extra_outputs: Sequence[str] = ()) -> Iterator[runtimes.Session]:
+    """A session that runs ``model`` node by node: ONNX Runtime with every graph optimisation off, or,
+    where it has no kernel for a node, onnx's ReferenceEvaluator.
+
+    Args:
+        extra_outputs: names of main-graph values to return besides the model's outputs.
+
+    Raises:
+        InvalidModel, CompileFailed: neither can run it.
+    """
+    if extra_outputs:
+        model = with_outputs(model, extra_outputs)
+    with temporary_onnx(model) as folder:
+        path = Path(folder) / "model.onnx"
+        try:
+            session = runtimes.load(path, target="ort-cpu", options={"graph_level": "disabled"})
+        except (runtimes.CompileFailed, runtimes.TargetUnavailable):
+            session = runtimes.load(path, target="reference")
+        with session:
+            yield session
+
+
+def input_specs(model: ir.Model) -> tuple[runtimes.TensorSpec, ...]:
+    """What the model must be fed: its inputs, without those that an initializer gives a default."""
+    return tuple(_spec(value) for value in model.graph.inputs if not value.is_initializer())
+
+
+def output_specs(model: ir.Model) -> tuple[runtimes.TensorSpec, ...]:
+    """What the model gives."""
+    return tuple(_spec(value) for value in model.graph.outputs)
+
+
+def class_count(model: ir.Model) -> int | None:
+    """The classes of the first output with two axes, where that is a number."""
+    for spec in output_specs(model):
+        if spec.shape is not None and len(spec.shape) == 2 and isinstance(spec.shape[1], int):
+            return spec.shape[1]
+    return None
+
+
+def _spec(value: ir.Value) -> runtimes.TensorSpec:
+    dims = None if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
+    name = "unknown" if value.dtype is None else value.dtype.name.lower()
+    return runtimes.TensorSpec(value.name or "", {"float": "float32", "double": "float64"}.get(name, name), dims)
+
+
+def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A copy of the model, sharing its weights, that also returns the named main-graph values."""
+    copy = model.clone()
+    wanted = set(names) - {value.name for value in copy.graph.outputs}
+    for node in copy.graph:
+        for value in node.outputs:
+            if value.name in wanted:
+                copy.graph.outputs.append(value)
+    return copy
+
+
+def run_reference(model: ir.Model, samples: Sequence[Feeds]) -> list[Feeds]:
+    """The model's outputs on each sample, unoptimised."""
+    with reference_session(model) as session:
+        return [session.run(feeds) for feeds in samples]

@@ -1,0 +1,336 @@
+"""The recipe: everything that a build is asked to do, typed and versioned, in YAML.
+
+The command line builds the same object, or overrides single keys of one that was read. Unknown keys and
+wrong types are refused with the line they stand on.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+
+import passes
+from runtimes import Error, Target
+from toolchain.errors import RecipeError
+from toolchain.storage import reported
+
+Precision = Literal["fp32"]
+
+
+class _Section(pydantic.BaseModel):
+    # strict: "8" is not 8 and 1 is not true; frozen: a recipe is a value
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class PassStep(_Section):
+    """One pass and its options. In YAML: ``fuse_conv_bn``, or ``simplify: {timeout: 60}``."""
+
+    name: str
+    options: dict[str, Any] = pydantic.Field(default_factory=dict)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+            ((name, options),) = value.items()
+            return {"name": name, "options": {} if options is None else options}
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _exists(self) -> PassStep:
+        passes.make(self.name, **self.options)  # raises ValueError with the nearest names or the options
+        return self
+
+
+class Export(_Section):
+    """How a torch model becomes ONNX."""
+
+    opset: Annotated[int, pydantic.Field(ge=18, le=25)] | None = None
+
+
+class Data(_Section):
+    """Labelled samples that accuracy is measured on."""
+
+    evaluation: str | None = None
+    limit: Annotated[int, pydantic.Field(ge=1)] | None = None
+    batch_size: Annotated[int, pydantic.Field(ge=1)] = 25
+
+
+class Verify(_Section):
+    """How far the artifact may be from the exported model."""
+
+    samples: Annotated[int, pydantic.Field(ge=1)] = 4
+    max_nmse: Annotated[float, pydantic.Field(ge=0)] | None = None
+
+
+class Benchmark(_Section):
+    """How long and at what sizes the artifact is measured."""
+
+    batch_sizes: Annotated[list[Annotated[int, pydantic.Field(ge=1)]], pydantic.Field(min_length=1)] = [1]
+    threads: Annotated[list[Annotated[int, pydantic.Field(ge=0)]], pydantic.Field(min_length=1)] = [0]
+    warmup: Annotated[int, pydantic.Field(ge=0)] = 3
+    duration_s: Annotated[float, pydantic.Field(ge=0)] = 0.3
+    count: Annotated[int, pydantic.Field(ge=1)] = 64
+
+
+class SessionConfig(_Section):
+    """What the artifact asks of the runtime when it is loaded; the loader may override it."""
+
+    intra_op_threads: Annotated[int, pydantic.Field(ge=0)] = 0
+    inter_op_threads: Annotated[int, pydantic.Field(ge=1)] = 1
+    graph_level: Literal["disabled", "basic", "extended", "layout", "all"] = "all"
+    arena: bool = True
+    spinning: bool = True
+
+
+class Recipe(_Section):
+    """A whole build. ``model`` is the only key that has no default."""
+
+    version: Literal[1] = 1
+    model: Annotated[str, pydantic.Field(min_length=1)]
+    weights: Annotated[str, pydantic.Field(min_length=1)] = "auto"
+    seed: Annotated[int, pydantic.Field(ge=0, lt=2**32)] = 0
+    name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    output: str | None = None
+    precision: Precision = "fp32"
+    targets: Annotated[list[str], pydantic.Field(min_length=1)] = ["ort-cpu"]
+    export: Export = Export()
+    passes: Literal["default"] | list[PassStep] = "default"
+    data: Data = Data()
+    verify: Verify = Verify()
+    benchmark: Benchmark = Benchmark()
+    session: SessionConfig = SessionConfig()
+
+    @pydantic.field_validator("targets")
+    @classmethod
+    def _targets_parse(cls, value: list[str]) -> list[str]:
+        for text in value:
+            Target.parse(text)  # an InvalidInput is a ValueError: pydantic reports it at this key
+        if len(set(value)) != len(value):
+            raise ValueError("a target is listed twice")
+        return value
+
+    def pipeline(self) -> tuple[PassStep, ...]:
+        """The passes in order, with ``default`` spelled out."""
+        if self.passes == "default":
+            return tuple(PassStep(name=name) for name in passes.DEFAULT_PIPELINE)
+        return tuple(self.passes)
+
+    def portable(self) -> Recipe:
+        """The recipe as others may read it: of every file only its name, not where it lay on this machine."""
+        return self.model_copy(
+            update={
+                "model": _without_folder(self.model),
+                "weights": _without_folder(self.weights),
+                "output": None,
+                "data": self.data.model_copy(update={"evaluation": _without_folder(self.data.evaluation)}),
+            }
+        )
+
+    def override(self, **changes: Any) -> Recipe:
+        """The recipe with keys replaced; ``section__key`` reaches into a section, None leaves a key alone.
+
+        Raises:
+            RecipeError: a value is not allowed; the message says where.
+        """
+        tree = self.model_dump()
+        for path, value in changes.items():
+            if value is None:
+                continue
+            *sections, key = path.split("__")
+            place = tree
+            for section in sections:
+                place = place[section]
+            place[key] = value
+        return from_dict(tree, origin="command line")
+
+
+def _without_folder(text: str | None) -> Any:
+    if text is None or text.startswith(("hf:", "timm:", "torchvision:")):
+        return text
+    return text.rstrip("/").rsplit("/", 1)[-1]
+
+
+def from_dict(tree: Any, *, origin: str, marks: dict[tuple[Any, ...], int] | None = None) -> Recipe:
+    """Checks a tree of plain values. ``marks`` gives the line of each key. Raises RecipeError."""
+    try:
+        return Recipe.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise _explain(error, origin, marks or {}) from error
+
+
+def read(path: Path) -> Recipe:
+    """Reads a YAML recipe.
+
+    Raises:
+        RecipeError: not readable, not YAML, or a key, type or value that is not allowed; with file and line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe: {error}", where=str(path)) from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        marks: dict[tuple[Any, ...], int] = {}
+        _collect_marks(node, (), marks, str(path))
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "nested too deeply"
+        raise RecipeError(f"not YAML: {problem}", where=f"{path}{line}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(
+            "a recipe is a mapping of keys",
+            where=str(path),
+            hint="toolchain init resnet50 > recipe.yaml writes one",
+        )
+    return from_dict(tree, origin=str(path), marks=marks)
+
+
+def _collect_marks(node: yaml.Node | None, at: tuple[Any, ...], marks: dict[tuple[Any, ...], int], path: str) -> None:
+    """Notes the line of every key and item; a key that is written twice is an error, as YAML would keep the last."""
+    if node is None:
+        return
+    marks.setdefault(at, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*at, key.value)
+            if here in marks:
+                raise RecipeError(f"key {key.value!r} is written twice", where=f"{path}:{key.start_mark.line + 1}")
+            marks[here] = key.start_mark.line + 1
+            _collect_marks(value, here, marks, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _collect_marks(item, (*at, index), marks, path)
+
+
+def _explain(error: pydantic.ValidationError, origin: str, marks: dict[tuple[Any, ...], int]) -> RecipeError:
+    """The first problem, as one error with file, line, key and what is allowed there."""
+    # A key of one of several forms has a problem for each: the deepest is of the form that was meant.
+    problems = sorted(error.errors(), key=lambda problem: -len(_place(problem)))
+    problem = problems[0]
+    place = _place(problem)
+    key = ".".join(str(part) for part in place) or "recipe"
+    line = marks.get(place) or marks.get(place[:-1])
+    where = f"{origin}:{line}, key {key}" if line else f"{origin}, key {key}"
+    if problem["type"] == "extra_forbidden":
+        allowed = sorted(_section_at(place[:-1]).model_fields)
+        close = difflib.get_close_matches(str(place[-1]), allowed, n=1)
+        hint = (f"did you mean {close[0]}? " if close else "") + "allowed here: " + ", ".join(allowed)
+        return RecipeError(f"unknown key {str(place[-1])!r}", where=where, hint=hint)
+    if problem["type"] == "missing":
+        return RecipeError(f"key {str(place[-1])!r} is missing", where=where)
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, (Error, passes.PassFailed)):
+        what = cause.what if isinstance(cause, Error) else str(cause)
+        return RecipeError(what, where=where, hint=cause.hint)
+    same = [p["msg"] for p in problems if _place(p) == place]
+    if all(message.startswith("Input should be ") for message in same):
+        wanted = " or ".join(message.removeprefix("Input should be ") for message in same)
+        return RecipeError(f"{problem['input']!r} is not allowed here: it should be {wanted}", where=where)
+    return RecipeError(problem["msg"].removeprefix("Value error, "), where=where)
+
+
+def _place(problem: Any) -> tuple[Any, ...]:
+    """The keys that lead to it, without what pydantic adds to name the form of a key that has several."""
+    return tuple(p for p in problem["loc"] if isinstance(p, int) or not p.startswith(("list[", "literal[")))
+
+
+def _section_at(place: tuple[Any, ...]) -> type[pydantic.BaseModel]:
+    section: type[pydantic.BaseModel] = Recipe
+    for part in place:
+        field = section.model_fields.get(part) if isinstance(part, str) else None
+        if (
+            field is not None
+            and isinstance(field.annotation, type)
+            and issubclass(field.annotation, pydantic.BaseModel)
+        ):
+            section = field.annotation
+        elif isinstance(part, int):
+            section = PassStep
+    return section
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, every key spelled out, for the artifact."""
+    tree = recipe.model_dump()
+    if recipe.passes != "default":
+        tree["passes"] = [{s.name: s.options} if s.options else s.name for s in recipe.pipeline()]
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def commented(model: str) -> str:
+    """A recipe for ``toolchain init``: every key with its default and a word on what it does."""
+    quoted = yaml.safe_dump(model, allow_unicode=True).removesuffix("\n").removesuffix("...").strip()
+    pipeline = "\n".join(f"#   - {name}" for name in passes.DEFAULT_PIPELINE)
+    return f"""\
+# Build it with: toolchain build recipe.yaml
+version: 1
+
+# Where the model comes from: a zoo name, hf:ID, timm:NAME, torchvision:NAME, FILE.py:FACTORY, FILE.pt2 or FILE.onnx
+model: {quoted}
+# auto: pretrained where they can be had, else seeded random ones (and the report says so);
+# random; or the path of a .safetensors, .pt or .pth file
+weights: auto
+seed: 0
+
+# The artifact's name and folder; left out, they follow from the model
+# name: my-model
+# output: artifacts/my-model
+
+# fp32 is what this version builds
+precision: fp32
+# One variant is built for each; `toolchain targets` lists them
+targets: [ort-cpu]
+
+export:
+  # The ONNX opset of a torch export, 18 to 25; null is the exporter's own choice
+  opset: null
+
+# "default", or a list: a name, or a name with options (`toolchain passes` lists both)
+passes: default
+# passes:
+{pipeline}
+
+data:
+  # Labelled images (a folder a class), a .npz with `labels`, or FILE.py:FUNCTION; null measures no accuracy
+  evaluation: null
+  limit: null
+  batch_size: 25
+
+verify:
+  # Inputs on which the artifact is compared with the exported model
+  samples: 4
+  # Largest normalised mean squared error of any output; null is the bound of the precision
+  max_nmse: null
+
+benchmark:
+  # Every batch size with every number of threads; 0 threads is the runtime's own choice
+  batch_sizes: [1]
+  threads: [0]
+  warmup: 3
+  # Runs until both are reached; a p90 needs 64 runs
+  duration_s: 0.3
+  count: 64
+
+session:
+  # What the artifact asks of the runtime; 0 threads inside an operator is the runtime's own choice
+  intra_op_threads: 0
+  inter_op_threads: 1
+  graph_level: all
+  arena: true
+  spinning: true
+"""
+
+
+def write(recipe: Recipe, path: Path) -> None:
+    """Writes ``dump(recipe)``. Raises StorageError."""
+    with reported(path, "the recipe"):
+        path.write_text(dump(recipe), encoding="utf-8")

@@ -1,0 +1,227 @@
+"""Shows a build report to a person: in the terminal, and as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import html as escape
+import math
+from collections.abc import Sequence
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from toolchain.benchmark import BenchReport, Comparison
+from toolchain.metrics import TensorError
+from toolchain.report import BuildReport
+
+_DECLINED_SHOWN = 3
+
+
+def megabytes(size: float) -> str:
+    """Bytes as MB of 10^6."""
+    return f"{size / 1e6:.1f} MB"
+
+
+def decibels(error: TensorError) -> str:
+    """SQNR, or "exact" where there is no difference at all."""
+    return "exact" if math.isinf(error.sqnr_db) and error.sqnr_db > 0 else f"{error.sqnr_db:.1f} dB"
+
+
+def percent(share: float | None) -> str:
+    """0.9312 as 93.12 %."""
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def milliseconds(value: float) -> str:
+    """Three significant digits or so, from microseconds to seconds."""
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+#: A table: title, header, rows.
+Rows = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+
+
+def sections(report: BuildReport) -> list[Rows]:
+    """The report's tables as (title, header, rows): one source for the terminal and the page."""
+    found: list[Rows] = []
+    rows: list[tuple[str, ...]] = [
+        (v.name, v.target, v.precision, megabytes(v.size), milliseconds(v.benchmark.rows[0].percentiles_ms[50]))
+        for v in report.variants
+    ]
+    header = (
+        "variant",
+        "target",
+        "precision",
+        "model size",
+        f"p50 ms, batch {report.variants[0].benchmark.rows[0].batch}",
+    )
+    found.append(("Variants, best first", header, rows))
+    rows = [
+        ("ONNX against PyTorch", name, f"{e.max_abs:.2g}", decibels(e), percent(e.top1_agreement))
+        for name, e in report.torch_error.items()
+    ]
+    for variant in report.variants:
+        rows += [
+            (f"{variant.name} against ONNX", name, f"{e.max_abs:.2g}", decibels(e), percent(e.top1_agreement))
+            for name, e in variant.fidelity.outputs.items()
+        ]
+    found.append(("Fidelity", ("compared", "output", "largest error", "SQNR", "top-1 agreement"), rows))
+    rows = [
+        (v.name, label, percent(top1), percent(top5), str(v.accuracy.samples), percent(v.accuracy.agreement))
+        for v in report.variants
+        if v.accuracy
+        for label, top1, top5 in (
+            ("artifact", v.accuracy.top1, v.accuracy.top5),
+            ("exported model", v.accuracy.reference_top1, v.accuracy.reference_top5),
+        )
+    ]
+    if rows:
+        data = next(v.accuracy.data for v in report.variants if v.accuracy)
+        found.append((f"Accuracy on {data}", ("variant", "of", "top-1", "top-5", "samples", "same class"), rows))
+    rows = [
+        (
+            p.name,
+            "changed" if p.changed else "-",
+            str(p.fired) if p.fired else "-",
+            f"{p.nodes_before} → {p.nodes_after}" if p.nodes_before != p.nodes_after else str(p.nodes_after),
+            f"{p.seconds * 1e3:.0f} ms",
+            "-" if not p.declined else str(len(p.declined)),
+        )
+        for p in report.passes
+    ]
+    found.append(("Passes", ("pass", "graph", "fired", "nodes", "time", "declined"), rows))
+    rows = [(p.name, d.node, d.reason) for p in report.passes for d in p.declined[:_DECLINED_SHOWN]]
+    if rows:
+        found.append(("Declined (the first of each pass; report.json has all)", ("pass", "node", "why"), rows))
+    for variant in report.variants:
+        found.append(bench_section(variant.benchmark, title=f"Benchmark of {variant.name}"))
+    rows = [(s.name, "from cache" if s.cached else "ran", f"{s.seconds:.2f} s") for s in report.stages]
+    found.append(("Stages", ("stage", "how", "time"), rows))
+    return found
+
+
+def bench_section(report: BenchReport, *, title: str) -> Rows:
+    """One row a batch size and thread count."""
+    percentiles = sorted({p for row in report.rows for p in row.percentiles_ms})
+    header = (
+        "batch", "threads", *(f"p{p} ms" for p in percentiles), "mean ms", "min ms", "max ms", "CoV", "samples/s",
+        "runs", "load ms", "first ms", "peak MB", "valid",
+    )  # fmt: skip
+    rows = [
+        (
+            str(r.batch),
+            "auto" if r.threads == 0 else str(r.threads),
+            *(milliseconds(r.percentiles_ms[p]) for p in percentiles),
+            milliseconds(r.mean_ms),
+            milliseconds(r.min_ms),
+            milliseconds(r.max_ms),
+            f"{r.cov:.2f}",
+            f"{r.throughput:.1f}",
+            str(len(r.samples_ms)),
+            milliseconds(r.load_ms),
+            milliseconds(r.first_ms),
+            f"{r.peak_memory_mb:.0f}",
+            "yes" if r.valid else "no",
+        )
+        for r in report.rows
+    ]
+    return title, header, rows
+
+
+def notes(report: BuildReport) -> list[str]:
+    """What no table says: why a benchmark row may not be quoted, what the runtime remarked, where it was measured."""
+    lines = []
+    for variant in report.variants:
+        bench = variant.benchmark
+        lines += [f"{variant.name}, batch {r.batch}: not valid, {r.reason}" for r in bench.rows if not r.valid]
+        lines += [f"{variant.name}: {text}" for key, text in bench.info.items() if key == "remarks" and text]
+        runtime = next((f"{k} {v}" for k, v in bench.packages.items() if k.startswith("onnxruntime")), "")
+        lines.append(
+            f"{variant.name} was measured {bench.measured_at} on {bench.cpu}, {bench.cores} cores"
+            + (f", with {runtime}" if runtime else "")
+        )
+    return lines
+
+
+def table(section: Rows) -> Table:
+    """A section as a terminal table, numbers to the right."""
+    title, header, rows = section
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
+    for index, name in enumerate(header):
+        numeric = bool(rows) and all(row[index][:1].isdigit() or row[index] in ("-", "auto", "exact") for row in rows)
+        made.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    return made
+
+
+def show(report: BuildReport, console: Console) -> None:
+    """Prints the report; warnings first."""
+    for warning in report.warnings:
+        console.print(Text(f"warning: {warning}", style="bold yellow"))
+    weights = f"{report.weights.get('kind')} ({report.weights.get('origin') or 'no origin'})"
+    console.print(
+        Text(f"{report.name}: {report.model}, weights: {weights}, opset {report.opset}, ")
+        + Text(f"exported {megabytes(report.exported_size)}")
+    )
+    parts: list[Table | Text] = []
+    for section in sections(report):
+        parts += [Text(""), table(section)]
+    parts += [Text("")] + [Text(line, style="dim") for line in notes(report)]
+    console.print(Group(*parts))
+
+
+def comparison_table(found: Sequence[Comparison], a: str, b: str) -> Table:
+    """The A/B table of ``toolchain bench --vs``."""
+    rows = [
+        (
+            str(c.batch), "auto" if c.threads == 0 else str(c.threads), milliseconds(c.a_ms), milliseconds(c.b_ms),
+            f"{c.ratio:.3f}", f"{c.ratio_low:.3f} to {c.ratio_high:.3f}", str(c.blocks),
+        )
+        for c in found
+    ]  # fmt: skip
+    header = ("batch", "threads", "A ms", "B ms", "A/B", "80 % of blocks", "blocks")
+    return table((f"A = {a}, B = {b}, turn by turn", header, rows))
+
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #d0d5dd; --dim: #667085; --warn: #b54708; --warn-bg: #fffaeb; }
+@media (prefers-color-scheme: dark) {
+  :root { --line: #3a3f47; --dim: #98a2b3; --warn: #fdb022; --warn-bg: #2b2110; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
+p.dim, ul.dim { color: var(--dim); margin: .25rem 0; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem 1.25rem .25rem 0; text-align: left; vertical-align: top; }
+th, td { border-bottom: 1px solid var(--line); }
+th { color: var(--dim); font-weight: 500; white-space: nowrap; } td.number { text-align: right; white-space: nowrap; }
+.warning { border-left: 4px solid var(--warn); background: var(--warn-bg); padding: .5rem 1rem; margin: .75rem 0; }
+"""
+
+
+def html(report: BuildReport) -> str:
+    """The report as one self-contained page, light or dark as the reader's system is."""
+    text = escape.escape
+    weights = f"{report.weights.get('kind')} ({report.weights.get('origin') or 'no origin'})"
+    body = [f"<h1>{text(report.name)}</h1>"]
+    body.append(
+        f'<p class="dim">{text(report.model)} · weights {text(weights)} · opset {report.opset} · '
+        f"exported {megabytes(report.exported_size)}</p>"
+    )
+    body += [f'<div class="warning">{text(warning)}</div>' for warning in report.warnings]
+    for title, header, rows in sections(report):
+        head = "".join(f"<th>{text(name)}</th>" for name in header)
+        lines = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows)
+        body.append(f"<h2>{text(title)}</h2><div class=scroll><table><tr>{head}</tr>{lines}</table></div>")
+    body.append('<ul class="dim">' + "".join(f"<li>{text(line)}</li>" for line in notes(report)) + "</ul>")
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{text(report.name)}</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _cell(value: str) -> str:
+    kind = ' class="number"' if value[:1].isdigit() else ""
+    return f"<td{kind}>{escape.escape(value)}</td>"

@@ -1,0 +1,88 @@
+"""What a build found out, as data: kept in the artifact as ``report.json``, shown by ``render.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any, TypeVar
+
+import pydantic
+
+from toolchain.benchmark import BenchReport
+from toolchain.metrics import TensorError
+from toolchain.optimize import PassReport
+from toolchain.verify import Accuracy, Fidelity
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageReport:
+    """How long a stage took (wall seconds), and whether its result came from the cache."""
+
+    name: str
+    seconds: float
+    cached: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VariantReport:
+    """One variant: what was measured on the files that are in the artifact."""
+
+    name: str
+    target: str
+    precision: str
+    size: int
+    fidelity: Fidelity
+    accuracy: Accuracy | None
+    benchmark: BenchReport
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BuildReport:
+    """A whole build.
+
+    Attributes:
+        model: the source as it may be told to anyone: no path of the building machine.
+        weights: kind, origin, digest.
+        warnings: what a reader must know before any number: random weights first.
+        torch_error: for each output the error of the unoptimised ONNX against PyTorch; empty for .onnx sources.
+        exported_size: bytes of the exported model.
+        stages: in the order they ran.
+    """
+
+    name: str
+    model: str
+    weights: dict[str, Any]
+    warnings: tuple[str, ...]
+    opset: int
+    torch_error: dict[str, TensorError]
+    exported_size: int
+    passes: tuple[PassReport, ...]
+    variants: tuple[VariantReport, ...]
+    stages: tuple[StageReport, ...]
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses as plain JSON values; infinities become the strings that ``from_json`` reads back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def from_json(kind: type[T], tree: Any) -> T:
+    """Plain JSON values as a dataclass. Raises pydantic.ValidationError."""
+    found: T = pydantic.TypeAdapter(kind).validate_python(tree)
+    return found
+
+
+def dumps(value: Any) -> str:
+    """One line of strict JSON."""
+    return json.dumps(to_json(value), allow_nan=False, ensure_ascii=False)

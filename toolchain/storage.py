@@ -1,0 +1,111 @@
+"""Writing to disk so that what is there is whole: atomic files and folders, and a full disk as a typed error."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from toolchain.errors import StorageError
+
+REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "there is no permission to write there",
+    errno.EPERM: "there is no permission to write there",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EIO: "the disk reported an input/output error",
+}
+
+
+@contextlib.contextmanager
+def reported(path: Path, what: str, *, hint: str = "free some space or write elsewhere") -> Iterator[None]:
+    """Turns the operating system's refusal to write into a StorageError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        reason = REASONS.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise StorageError(f"cannot write {what}: {reason}", where=str(error.filename or path), hint=hint) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file whole or not at all. Raises StorageError."""
+    working = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with reported(path, path.name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            working.write_text(text, encoding="utf-8")
+            working.replace(path)
+        finally:
+            working.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_directory(destination: Path, what: str) -> Iterator[Path]:
+    """Gives an empty folder beside ``destination`` that takes its place when the block ends without an error.
+
+    Whoever looks sees the old folder or the new one, whole, also when the process is killed: the two
+    are exchanged in one system call where the system has it (Linux), else by two renames.
+
+    Raises:
+        StorageError: the disk is full, read-only or not writable.
+    """
+    # abspath, not resolve: when the destination is a link, what it points to is replaced by a real folder.
+    destination = Path(os.path.abspath(destination))
+    with reported(destination, what):
+        if destination.exists() and not destination.is_dir():
+            raise StorageError(
+                f"cannot write {what}: a file is in the way",
+                where=str(destination),
+                hint="choose another --output",
+            )
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        working = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:12]}")
+        working.mkdir()
+        try:
+            yield working
+            _fsync_tree(working)
+            if destination.exists():
+                _exchange(working, destination)
+            else:
+                working.rename(destination)
+        finally:
+            shutil.rmtree(working, ignore_errors=True)
+
+
+def _fsync_tree(root: Path) -> None:
+    """Asks for the names to be on disk before the switch; file contents are left to the system's own pace."""
+    if os.name != "posix":
+        return
+    fd = os.open(root, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swaps two folders; afterwards ``new`` names the former ``old``."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        renameat2 = getattr(libc, "renameat2", None)
+        if renameat2 is not None:
+            at_fdcwd, rename_exchange = -100, 2
+            if renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(old), rename_exchange) == 0:
+                return
+            if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):  # those: the filesystem cannot swap
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code), str(old))
+    aside = old.with_name(f".{old.name}.{uuid.uuid4().hex[:12]}")
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)

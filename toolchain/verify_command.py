@@ -1,0 +1,102 @@
+"""``toolchain verify``: opens what the user names, artifact or file, and compares it with its reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import runtimes
+from runtimes import package
+from toolchain.artifact import EXPORTED
+from toolchain.data import open_dataset
+from toolchain.errors import FidelityError
+from toolchain.evaluate import class_count, input_specs, reference_session
+from toolchain.onnx_file import read_onnx
+from toolchain.preprocessing import ImagePreprocessing
+from toolchain.seeded import seeded_inputs
+from toolchain.verify import BOUNDS, Accuracy, Fidelity, LayerError, compare, compare_layers, measure_accuracy
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verification:
+    """What was compared with what, and how far apart they are."""
+
+    candidate: str
+    reference: str
+    fidelity: Fidelity
+    accuracy: Accuracy | None
+    layers: tuple[LayerError, ...]
+
+    def require(self) -> None:
+        """Raises FidelityError when an output is beyond the bound."""
+        if not self.fidelity.passed:
+            name, error = self.fidelity.worst
+            raise FidelityError(
+                f"output {name!r} is off by a normalised MSE of {error.nmse:.2g}, "
+                f"the bound is {self.fidelity.bound:.0e}",
+                where=self.candidate,
+                hint="--layers shows where it comes in",
+            )
+
+
+def verify_path(
+    path: Path,
+    *,
+    against: Path | None,
+    variant: str | None,
+    eval_data: str | None,
+    limit: int | None,
+    samples: int,
+    max_nmse: float | None,
+    layers: bool,
+    seed: int,
+    on_status: Callable[[str], None],
+) -> Verification:
+    """Compares an artifact's variant with the exported model in it, or an .onnx with ``against``.
+
+    Raises:
+        InvalidArtifact, InvalidModel, GraphError, DataError: what is named cannot be used.
+        FidelityError: the two do not have the same outputs.
+    """
+    preprocessing, labels, offset, precision = None, None, 0, "fp32"
+    model_file: Path | None = path
+    if path.is_dir():
+        found = package.read_package(path)
+        found.verify()
+        chosen, _ = package.choose_variant(found, variant=variant, probe=lambda name: runtimes.backend(name).probe())
+        model_file = path / chosen.directory / chosen.model_file if chosen.model_file else None
+        against = against or path / EXPORTED
+        precision = chosen.precision
+        if found.metadata.get("preprocessing"):
+            preprocessing = ImagePreprocessing.from_json(found.metadata["preprocessing"])
+        labels, offset = found.metadata.get("labels"), found.metadata.get("label_offset", 0)
+    elif against is None:
+        raise FidelityError("what is it to be compared with?", where=str(path), hint="--against REFERENCE.onnx")
+    reference = read_onnx(against)
+    specs = input_specs(reference)
+    feeds = [seeded_inputs(specs, batch=1 + i % 2, seed=seed + i) for i in range(samples)]
+    dataset = None
+    if eval_data is not None:
+        dataset = open_dataset(
+            eval_data, inputs=specs, preprocessing=preprocessing, limit=limit, class_names=labels,
+            class_count=class_count(reference), label_offset=offset,
+        )  # fmt: skip
+    accuracy = None
+    with runtimes.load(path, variant=variant if path.is_dir() else None) as session:
+        with reference_session(reference) as oracle:
+            expected = [oracle.run(feed) for feed in feeds]
+            bound = BOUNDS[precision] if max_nmse is None else max_nmse
+            fidelity = compare(expected, session, feeds, bound=bound, inputs="seeded random")
+            if dataset is not None:
+                accuracy = measure_accuracy(
+                    oracle,
+                    session,
+                    dataset,
+                    data=dataset.name,
+                    on_batch=lambda n: on_status(f"accuracy: {n} samples"),
+                )
+    compared: list[LayerError] = []
+    if layers and model_file is not None:
+        compared = compare_layers(reference, read_onnx(model_file), feeds[0])
+    return Verification(str(path), str(against), fidelity, accuracy, tuple(compared))
