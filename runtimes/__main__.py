@@ -29,9 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="[NAME=]FILE",
         help="an .npy for an input (NAME= may be left out where there is one), or an .npz with all of them",
     )
-    run.add_argument(
-        "--output", type=Path, help=".npy for the only output, .npz for all; without it they are printed"
-    )
+    run.add_argument("--output", type=Path, help=".npy for the only output, .npz for all; without it they are printed")
     parsed = parser.parse_args(arguments)
     try:
         with runtimes.load(parsed.path, target=parsed.target, variant=parsed.variant) as session:

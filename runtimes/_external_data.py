@@ -103,9 +103,7 @@ def check_model_file(path: str | os.PathLike[str]) -> ModelFile:
             if not stat.S_ISREG(status.st_mode):
                 raise InvalidModel("not a regular file", where=str(path))
             if status.st_size == 0:
-                raise InvalidModel(
-                    "the file is empty", where=f"{path}, byte 0", hint="export or download it again"
-                )
+                raise InvalidModel("the file is empty", where=f"{path}, byte 0", hint="export or download it again")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Scan(path, data).model()
     except FileNotFoundError:
@@ -202,9 +200,7 @@ class _Scan:
         head = self._data[:64]
         for magic, what, hint in _NOT_ONNX:
             if head.startswith(magic):
-                raise InvalidModel(
-                    f"not an ONNX model: it is {what}", where=f"{self._path}, byte 0", hint=hint
-                )
+                raise InvalidModel(f"not an ONNX model: it is {what}", where=f"{self._path}, byte 0", hint=hint)
         if head[4:8] == b"ORTM":
             raise InvalidModel(
                 "not an ONNX model: it is in ONNX Runtime's own .ort format",
@@ -302,9 +298,7 @@ class _Scan:
                     raise self._damaged(f"field 13 of TensorProto has wire type {wire}", first)
                 key, value = self._entry(first, last)
                 if key == "location" and key in entries and entries[key] != value:
-                    raise InvalidModel(
-                        "a tensor names two external-data files", where=f"{self._path}, tensor {name!r}"
-                    )
+                    raise InvalidModel("a tensor names two external-data files", where=f"{self._path}, tensor {name!r}")
                 entries[key] = value
         if "location" in entries:
             self._check_location(name, entries)

@@ -131,6 +131,9 @@ class InputCheck:
         return "; ".join(map(str, self._specs)) or "no inputs at all"
 
     def _array(self, spec: TensorSpec, value: object) -> np.ndarray:
+        if type(value) is np.ndarray:
+            return value
+        # np.ma is imported by being named, and takes milliseconds: only for what is no plain array.
         if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
             return np.asarray(value)  # a subclass such as memmap, seen as what it is
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
@@ -145,9 +148,7 @@ class InputCheck:
             hint=hint,
         )
 
-    def _check_shape(
-        self, spec: TensorSpec, shape: tuple[int, ...], dtype: str, sizes: dict[str, int]
-    ) -> None:
+    def _check_shape(self, spec: TensorSpec, shape: tuple[int, ...], dtype: str, sizes: dict[str, int]) -> None:
         if spec.shape is None:
             return
         reason = ""

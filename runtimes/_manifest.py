@@ -249,17 +249,13 @@ class _Reader:
             name=name,
             directory=directory,
             execution_provider=None if "ep" not in body else self._text(body["ep"], f"variant {name!r}, ep"),
-            device_class=None
-            if "device" not in body
-            else self._text(body["device"], f"variant {name!r}, device"),
+            device_class=None if "device" not in body else self._text(body["device"], f"variant {name!r}, device"),
             target=target,
             precision=self._text(ours["precision"], f"{where}.precision"),
             model_file=paths["model_file"],
             prepared_file=paths["prepared_file"],
             fingerprint=MappingProxyType(fingerprint),
-            session_options=MappingProxyType(
-                self._dict(ours.get("session_options", {}), f"{where}.session_options")
-            ),
+            session_options=MappingProxyType(self._dict(ours.get("session_options", {}), f"{where}.session_options")),
             remarks=tuple(self._text(text, f"{where}.remarks") for text in remarks),
         )
 

@@ -64,9 +64,7 @@ def make_session(file: Path, session_options: Any, providers: Sequence[Any]) -> 
     # What goes wrong is raised. Below "fatal" ONNX Runtime also prints it, over the program's own output.
     session_options.log_severity_level = 4
     try:
-        return onnxruntime.InferenceSession(
-            str(file), session_options, providers=list(providers), enable_fallback=0
-        )
+        return onnxruntime.InferenceSession(str(file), session_options, providers=list(providers), enable_fallback=0)
     except _errors() as error:
         raise _load_error(error, file) from error
 
@@ -76,20 +74,21 @@ def _errors() -> tuple[type[BaseException], ...]:
     """What ONNX Runtime raises: its own classes, which share no base, and what pybind11 makes of C++'s."""
     from onnxruntime.capi import onnxruntime_pybind11_state as binding
 
-    own = [
-        value for value in vars(binding).values() if isinstance(value, type) and issubclass(value, Exception)
-    ]
+    own = [value for value in vars(binding).values() if isinstance(value, type) and issubclass(value, Exception)]
     return (*own, RuntimeError, ValueError, MemoryError)
 
 
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
-_SOURCE = re.compile(r"\S+\.(?:cc|h|cpp):\d+ ")
+_LOADING = re.compile(r"^Load model from .*? failed:|^Load model from \S+ ")
+#: file.cc:12 and the C++ signature behind it
+_SOURCE = re.compile(r"\S+\.(?:cc|h|cpp):\d+ (?:[^()]*\((?:[^()]|\([^()]*\))*\)(?: const)?(?: \[with [^\]]*\])? )?")
+_INVALID = ("nvalid model", "Type Error", "ShapeInferenceError", "TypeInferenceError", "Unsupported model IR")
 _NODE = re.compile(r"Name:'([^']*)'|[Nn]ode ?\(([^)\s]*)\)|node with name '([^']*)'")
 
 
 def _told(error: BaseException) -> tuple[str, str | None]:
     """The message without ONNX Runtime's prefix and source lines, and the node that it names."""
-    text = _PREFIX.sub("", str(error).strip())
+    text = _LOADING.sub("", _PREFIX.sub("", str(error).strip()))
     text = " ".join(_SOURCE.sub("", text).split()) or type(error).__name__
     match = _NODE.search(text)
     node = next((group for group in match.groups() if group), None) if match else None
@@ -99,7 +98,8 @@ def _told(error: BaseException) -> tuple[str, str | None]:
 def _load_error(error: BaseException, file: Path) -> Error:
     text, node = _told(error)
     where = f"{file}, node {node!r}" if node else str(file)
-    if type(error).__name__ in ("InvalidProtobuf", "InvalidGraph", "NoModel"):
+    invalid = type(error).__name__ in ("InvalidProtobuf", "InvalidGraph", "NoModel")
+    if invalid or any(sign in text for sign in _INVALID):
         return InvalidModel(f"ONNX Runtime says that this is no valid model: {text}", where=where)
     hint = None
     if "not a registered function/op" in text or "NOT_IMPLEMENTED" in str(error):
@@ -121,9 +121,7 @@ def _run_error(error: BaseException) -> RunFailed:
     hint = None
     if _out_of_memory(error):
         text, hint = f"out of memory: {text}", "take a smaller batch, or free memory"
-    return RunFailed(
-        f"ONNX Runtime failed while it ran: {text}", where=f"node {node!r}" if node else None, hint=hint
-    )
+    return RunFailed(f"ONNX Runtime failed while it ran: {text}", where=f"node {node!r}" if node else None, hint=hint)
 
 
 def _spec(argument: Any, file: Path, unranked: frozenset[str]) -> TensorSpec:
@@ -139,9 +137,7 @@ def _spec(argument: Any, file: Path, unranked: frozenset[str]) -> TensorSpec:
     if argument.name in unranked and not argument.shape:
         return TensorSpec(argument.name, dtype, None)
     # It also hands out negative or empty sizes as the model states them; they say nothing.
-    dims = tuple(
-        d if (isinstance(d, int) and d >= 0) or (isinstance(d, str) and d) else None for d in argument.shape
-    )
+    dims = tuple(d if (isinstance(d, int) and d >= 0) or (isinstance(d, str) and d) else None for d in argument.shape)
     return TensorSpec(argument.name, dtype, dims)
 
 
@@ -193,24 +189,18 @@ class OrtSession(Session):
         if session is None:
             _closed()
         if any(spec.dtype == "string" for spec in self.inputs + self.outputs):
-            raise InvalidInput(
-                "strings have no fixed size and cannot be bound", hint="use run() for this model"
-            )
+            raise InvalidInput("strings have no fixed size and cannot be bound", hint="use run() for this model")
         inputs = {
             spec.name: aligned_empty(tuple(int(size) for size in shapes[spec.name]), numpy_dtype(spec.dtype))
             for spec in self.inputs
         }
         outputs = {
             name: aligned_empty(shape, numpy_dtype(spec.dtype))
-            for spec, (name, shape) in zip(
-                self.outputs, self._output_shapes(inputs, sizes).items(), strict=True
-            )
+            for spec, (name, shape) in zip(self.outputs, self._output_shapes(inputs, sizes).items(), strict=True)
         }
         return OrtBinding(self, session, inputs, outputs)
 
-    def _output_shapes(
-        self, inputs: Mapping[str, np.ndarray], sizes: Mapping[str, int]
-    ) -> dict[str, tuple[int, ...]]:
+    def _output_shapes(self, inputs: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         known: dict[str, tuple[int, ...]] = {}
         for spec in self.outputs:
             dims = [sizes.get(d) if isinstance(d, str) and is_symbol(d) else d for d in spec.shape or ()]
@@ -296,9 +286,7 @@ def _run_foreign(
         array = np.ascontiguousarray(feeds[spec.name]).reshape(feeds[spec.name].shape)
         if spec.dtype in _FOREIGN:
             number, bits = _FOREIGN[spec.dtype]
-            values[spec.name] = binding.OrtValue.ortvalue_from_numpy_with_onnx_type(
-                array.view(dtype=bits), number
-            )
+            values[spec.name] = binding.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(dtype=bits), number)
         else:
             device = binding.OrtDevice(binding.OrtDevice.cpu(), binding.OrtDevice.default_memory(), 0)
             values[spec.name] = binding.OrtValue.ortvalue_from_numpy(array, device)

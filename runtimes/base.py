@@ -117,9 +117,7 @@ class Target:
         """Reads ``runtime[:device]``. Raises InvalidInput on anything else."""
         match = _TARGET.fullmatch(text)
         if match is None:
-            raise InvalidInput(
-                f"not a target: {text!r}", hint="write RUNTIME or RUNTIME:DEVICE, such as ort-cpu"
-            )
+            raise InvalidInput(f"not a target: {text!r}", hint="write RUNTIME or RUNTIME:DEVICE, such as ort-cpu")
         return cls(match["runtime"], match["device"])
 
     def __str__(self) -> str:
@@ -180,9 +178,7 @@ class Compiled:
         """Reads ``to_json``. Raises KeyError where an entry is missing, InvalidInput on a bad target."""
         target = Target.parse(tree["target"])
         remarks = tuple(tree.get("remarks", ()))
-        return cls(
-            target, directory, tree["model_file"], tree["prepared_file"], dict(tree["fingerprint"]), remarks
-        )
+        return cls(target, directory, tree["model_file"], tree["prepared_file"], dict(tree["fingerprint"]), remarks)
 
     remarks: tuple[str, ...] = ()
 

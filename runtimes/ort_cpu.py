@@ -190,9 +190,7 @@ def _select(compiled: Compiled, options: OrtCpuOptions) -> tuple[str, str | None
         why_not = "; ".join(compiled.remarks) or "there is none"
     else:
         here = fingerprint(options.graph_level)
-        differs = [
-            key for key in {**here, **compiled.fingerprint} if here.get(key) != compiled.fingerprint.get(key)
-        ]
+        differs = [key for key in {**here, **compiled.fingerprint} if here.get(key) != compiled.fingerprint.get(key)]
         if not differs:
             return compiled.prepared_file, None
         if differs == ["graph_level"]:
@@ -229,9 +227,7 @@ def _prepare(portable: Path, directory: Path, options: OrtCpuOptions) -> tuple[b
     file = directory / "model.onnx"
     saving = _session_options(options, options.graph_level)
     saving.optimized_model_filepath = str(file)
-    saving.add_session_config_entry(
-        "session.optimized_model_external_initializers_file_name", "model.onnx.data"
-    )
+    saving.add_session_config_entry("session.optimized_model_external_initializers_file_name", "model.onnx.data")
     # Weights in the layout of the kernels; external, so that they are mapped and shared between processes.
     saving.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     try:
@@ -313,10 +309,7 @@ def _cpu_features() -> str:
 
         text = ctypes.create_string_buffer(256)
         size = ctypes.c_size_t(len(text))
-        if (
-            ctypes.CDLL(None).sysctlbyname(b"machdep.cpu.brand_string", text, ctypes.byref(size), None, 0)
-            == 0
-        ):
+        if ctypes.CDLL(None).sysctlbyname(b"machdep.cpu.brand_string", text, ctypes.byref(size), None, 0) == 0:
             return text.value.decode("utf-8", "replace")
     return platform.processor()
 

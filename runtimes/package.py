@@ -165,11 +165,7 @@ def choose_variant(
     asked = [v for v in package.variants if variant in (None, v.name)]
     if target is not None:
         wanted = Target.parse(target)
-        asked = [
-            v
-            for v in asked
-            if v.target.runtime == wanted.runtime and wanted.device in (None, v.target.device)
-        ]
+        asked = [v for v in asked if v.target.runtime == wanted.runtime and wanted.device in (None, v.target.device)]
     words = " and ".join(
         f"{what} {value!r}" for what, value in (("variant", variant), ("target", target)) if value is not None
     )

@@ -133,12 +133,8 @@ class ReferenceSession(Session):
     def bind(self, shapes: Mapping[str, Sequence[int]], /) -> ReferenceBinding:
         self._check.shapes(shapes)
         if any(spec.dtype == "string" for spec in self.inputs + self.outputs):
-            raise InvalidInput(
-                "strings have no fixed size and cannot be bound", hint="use run() for this model"
-            )
-        inputs = {
-            spec.name: np.zeros(tuple(shapes[spec.name]), numpy_dtype(spec.dtype)) for spec in self.inputs
-        }
+            raise InvalidInput("strings have no fixed size and cannot be bound", hint="use run() for this model")
+        inputs = {spec.name: np.zeros(tuple(shapes[spec.name]), numpy_dtype(spec.dtype)) for spec in self.inputs}
         first = self.run(inputs)
         second = self.run({name: np.ones_like(array) for name, array in inputs.items()})
         for name, array in first.items():
@@ -159,9 +155,7 @@ class ReferenceSession(Session):
 class ReferenceBinding(Binding):
     """Arrays that keep their identity; each run copies into them."""
 
-    def __init__(
-        self, owner: ReferenceSession, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]
-    ) -> None:
+    def __init__(self, owner: ReferenceSession, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
         self.inputs = inputs
         self.outputs = outputs
         self._owner = owner

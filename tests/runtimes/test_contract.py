@@ -161,9 +161,7 @@ def test_many_shapes(load: Load) -> None:
 def test_types_that_numpy_lacks(load: Load, kind: str) -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     dtype = np.dtype(getattr(ml_dtypes, kind.replace("float8", "float8_")))
-    session = load(
-        f"g ({kind}[N, 2] x, float[N] z) => ({kind}[N, 2] y, float[N] w) {{ y = Identity(x)  w = Neg(z) }}"
-    )
+    session = load(f"g ({kind}[N, 2] x, float[N] z) => ({kind}[N, 2] y, float[N] w) {{ y = Identity(x)  w = Neg(z) }}")
     assert session.inputs[0].dtype == dtype.name
     x = np.array([[1, -2], [0.5, 4], [8, 0]], dtype)
     z = np.ones(3, "float32")
@@ -180,9 +178,7 @@ def test_types_that_numpy_lacks(load: Load, kind: str) -> None:
     assert np.array_equal(binding.outputs["y"].astype("float32"), x.astype("float32"))
 
 
-def test_a_failing_run_is_told_and_leaves_the_session_whole(
-    load: Load, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failing_run_is_told_and_leaves_the_session_whole(load: Load, capfd: pytest.CaptureFixture[str]) -> None:
     session = load("g (float[N] x, int64[1] shape) => (float[M] y) { y = Reshape(x, shape) }")
     with pytest.raises(runtimes.RunFailed):
         session.run({"x": np.ones(4, "float32"), "shape": np.array([3])})
@@ -222,9 +218,7 @@ def test_bind_refuses(load: Load, shapes: dict[str, tuple[int, ...]], said: str)
 
 
 def test_bind_finds_shapes_that_are_not_declared(load: Load) -> None:
-    session = load(
-        "g (float[N, 3] x) => (float[M] y) { m = Constant<value_ints = [-1]>()  y = Reshape(x, m) }"
-    )
+    session = load("g (float[N, 3] x) => (float[M] y) { m = Constant<value_ints = [-1]>()  y = Reshape(x, m) }")
     binding = session.bind({"x": (4, 3)})
     binding.inputs["x"][...] = np.arange(12).reshape(4, 3)
     binding.run()
@@ -267,9 +261,7 @@ def test_closed(load: Load) -> None:
 
 def test_eight_threads(load: Load) -> None:
     """Eight threads, each with data and shapes of its own, for a second: all get their own results."""
-    session = load(
-        "g (float[N, 64] x, float[64, 64] w) => (float[N, 64] y) { p = MatMul(x, w)  y = Relu(p) }"
-    )
+    session = load("g (float[N, 64] x, float[64, 64] w) => (float[N, 64] y) { p = MatMul(x, w)  y = Relu(p) }")
     rng = np.random.default_rng(0)
     w = rng.integers(-3, 4, (64, 64)).astype("float32")  # small whole numbers: any order of sums is exact
     stop = time.monotonic() + 1
