@@ -117,8 +117,7 @@ def options(name: str) -> tuple[Option, ...]:
     docs = _attribute_docs(cls)
     types_of = _types(cls)
     return tuple(
-        Option(f.name, _text(types_of[f.name]), f.default, docs.get(f.name, ""))
-        for f in dataclasses.fields(cls)
+        Option(f.name, _text(types_of[f.name]), f.default, docs.get(f.name, "")) for f in dataclasses.fields(cls)
     )
 
 

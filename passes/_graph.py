@@ -104,9 +104,7 @@ def integers(value: ir.Value | None) -> tuple[int, ...] | None:
 def scalar(value: ir.Value | None) -> float | None:
     """The one element of a constant numeric tensor as a float, or None."""
     data = array(value, max_size=1)
-    return (
-        float(data.reshape(-1)[0]) if data is not None and data.size == 1 and data.dtype.kind != "O" else None
-    )
+    return float(data.reshape(-1)[0]) if data is not None and data.size == 1 and data.dtype.kind != "O" else None
 
 
 def given(node: ir.Node, index: int) -> ir.Value | None:
@@ -205,9 +203,18 @@ def replace(old: ir.Value, new: ir.Value) -> None:
 
 
 def remove(node: ir.Node) -> None:
-    """Takes a node that nobody reads out of its graph."""
+    """Takes a node that nobody reads out of its graph, and what is in its subgraphs with it."""
     graph = node.graph
     assert graph is not None
+    # The nodes of a subgraph would go on counting as users of the outer values that they captured.
+    for attribute in node.attributes.values():
+        if attribute.is_ref() or attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            continue
+        bodies = [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else attribute.as_graphs()
+        for body in bodies:
+            for inner in ir.traversal.RecursiveGraphIterator(body):
+                for index in range(len(inner.inputs)):
+                    inner.replace_input_with(index, None)
     graph.remove(node, safe=True)
 
 
@@ -235,9 +242,7 @@ def new_constant(scope: Scope, data: np.ndarray, name: str, *, before: ir.Node) 
     """Adds a constant: an initializer of the graph; inside a function a Constant node before ``before``."""
     tensor = ir.Tensor(data, name=name)
     if not scope.in_function:
-        value = ir.Value(
-            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(data.shape), const_value=tensor
-        )
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(data.shape), const_value=tensor)
         scope.graph.register_initializer(value)
         return value
     node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], name=name)

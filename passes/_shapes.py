@@ -58,9 +58,7 @@ def infer_shapes(model: ir.Model) -> bool:
     """
     proto, _ = skeleton(model)
     try:
-        inferred = onnx.shape_inference.infer_shapes(
-            proto, check_type=False, strict_mode=False, data_prop=True
-        )
+        inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
         raise PassFailed(
             f"shape inference refuses the graph: {error}", hint="check the model with onnx.checker"

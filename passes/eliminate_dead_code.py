@@ -54,9 +54,7 @@ def _remove_nodes(model: ir.Model, scope: Scope, declined: list[Declined]) -> in
             remove(node)
             removed += 1
         else:
-            declined.append(
-                Declined(label(node), f"unused, but {node.domain}::{node.op_type} may have effects")
-            )
+            declined.append(Declined(label(node), f"unused, but {node.domain}::{node.op_type} may have effects"))
     return removed
 
 

@@ -161,12 +161,7 @@ def _slice(node: ir.Node, opset: int) -> ir.Value | str | None:
     # A slice by steps of 1 that is as long as what it slices is all of it.
     if same_shape(data, node.outputs[0]):
         return data
-    if (
-        starts is not None
-        and ends is not None
-        and not any(starts)
-        and all(end >= _TO_THE_END for end in ends)
-    ):
+    if starts is not None and ends is not None and not any(starts) and all(end >= _TO_THE_END for end in ends):
         return data
     return None
 

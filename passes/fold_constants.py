@@ -89,9 +89,7 @@ class FoldConstants(Pass):
                     declined[label(node)] = Declined(label(node), str(error))
         return fired
 
-    def _fold(
-        self, scope: Scope, node: ir.Node, contents: ContentsOf, names: Names, *, untyped: bool
-    ) -> bool:
+    def _fold(self, scope: Scope, node: ir.Node, contents: ContentsOf, names: Names, *, untyped: bool) -> bool:
         if node.op_type == "Constant":
             return _lift(scope, node)
         if any(a.is_ref() or a.type in _GRAPHS for a in node.attributes.values()):
@@ -147,16 +145,10 @@ class FoldConstants(Pass):
         freed = 0
         for value in dict.fromkeys(v for v in node.inputs if v is not None):
             tensor = constant(value)
-            if (
-                tensor is not None
-                and all(use.node is node for use in value.uses())
-                and not value.is_graph_output()
-            ):
+            if tensor is not None and all(use.node is node for use in value.uses()) and not value.is_graph_output():
                 freed += tensor.nbytes
         if size > freed:
-            raise CannotEvaluate(
-                f"the result has {size:,} bytes, its inputs that nothing else reads {freed:,}"
-            )
+            raise CannotEvaluate(f"the result has {size:,} bytes, its inputs that nothing else reads {freed:,}")
 
 
 def _output_elements(node: ir.Node) -> int | None:
@@ -167,9 +159,7 @@ def _output_elements(node: ir.Node) -> int | None:
             if target is None or data is None:
                 return None
             try:
-                return int(
-                    np.prod(np.broadcast_shapes(data.shape, tuple(int(d) for d in target)), dtype=object)
-                )
+                return int(np.prod(np.broadcast_shapes(data.shape, tuple(int(d) for d in target)), dtype=object))
             except ValueError:
                 return None
         case "ConstantOfShape":
@@ -203,9 +193,7 @@ def _lift(scope: Scope, node: ir.Node) -> bool:
     if value.name in scope.graph.initializers:
         return False
     name, kind = value.name, value.type
-    lifted = ir.Value(
-        name=None, type=kind or ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.numpy().shape)
-    )
+    lifted = ir.Value(name=None, type=kind or ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.numpy().shape))
     value.name = None
     value.replace_all_uses_with(lifted)
     remove(node)

@@ -101,9 +101,7 @@ def _scale_and_shift(scope: Scope, node: ir.Node) -> tuple[np.ndarray, np.ndarra
         raise _Decline(f"opset {scope.opset}: only 7 and later are known here")
     if scope.opset >= 14 and attribute_int(node, "training_mode", 0) != 0:
         raise _Decline("it is in training mode")
-    if len(node.outputs) > 1 and (
-        scope.opset < 14 or any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
-    ):
+    if len(node.outputs) > 1 and (scope.opset < 14 or any(v.uses() or v.is_graph_output() for v in node.outputs[1:])):
         raise _Decline("it has outputs of training mode")
     if scope.opset < 9 and attribute_int(node, "spatial", 1) != 1:
         raise _Decline("spatial is 0: a mean and a variance an element, not a channel")
@@ -154,10 +152,11 @@ def _multiply(weight: np.ndarray, factors: np.ndarray) -> np.ndarray:
 
 
 def _rounded(data: np.ndarray, dtype: np.dtype, linear: ir.Node) -> np.ndarray:
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         result = data.astype(dtype, copy=False)
-    # A sum is finite only if every element is, and is one pass without a second array of flags.
-    if not np.isfinite(np.sum(result, dtype=np.float64)):
+        # Finite only if every element is, and one pass without a second array of flags.
+        total = np.sum(result, dtype=np.float64)
+    if not np.isfinite(total):
         raise _Decline(f"{label(linear)}: the fused weights leave the range of {dtype}")
     return result
 
@@ -174,11 +173,7 @@ def _row(bias: np.ndarray | None, beta: float, count: int, linear: ir.Node) -> n
     """Gemm's C as one float64 vector over the output's columns."""
     if bias is None:
         return np.zeros(count)
-    if (
-        bias.ndim > 2
-        or (bias.ndim == 2 and bias.shape[0] != 1)
-        or bias.shape[-1:] not in ((), (1,), (count,))
-    ):
+    if bias.ndim > 2 or (bias.ndim == 2 and bias.shape[0] != 1) or bias.shape[-1:] not in ((), (1,), (count,)):
         raise _Decline(f"{label(linear)}: its C differs from row to row")
     return np.broadcast_to(beta * bias.reshape(-1), (count,)).astype(np.float64)
 
@@ -241,9 +236,7 @@ def _before(
             _expect(weight.shape[1] * group == channels and weight.shape[0] % group == 0, linear)
             if shift.any() and not _without_padding(linear):
                 raise _Decline(f"{label(linear)}: it pads with zeros, which the shift does not reach")
-            grouped = weight.reshape(
-                group, -1, *weight.shape[1:]
-            )  # (group, out a group, in a group, kernel...)
+            grouped = weight.reshape(group, -1, *weight.shape[1:])  # (group, out a group, in a group, kernel...)
             fused = _multiply(grouped, scale.reshape(group, 1, -1, *kernel)).reshape(weight.shape)
             sums = wide.reshape(group, -1, *weight.shape[1:]).sum(axis=tuple(range(3, weight.ndim + 1)))
             moved = np.einsum("goi,gi->go", sums, shift.reshape(group, -1)).reshape(-1)

@@ -93,9 +93,7 @@ def _new_pads(scope: Scope, pad: ir.Node, user: ir.Node) -> list[int]:
         _check_pool(scope, pad, user, value, any(own))
     count = len(kernel)
     total = [a + b for a, b in zip((*begins, *ends), own, strict=True)]
-    if user.op_type != "Conv" and any(
-        total[i] >= kernel[i] or total[i + count] >= kernel[i] for i in range(count)
-    ):
+    if user.op_type != "Conv" and any(total[i] >= kernel[i] or total[i + count] >= kernel[i] for i in range(count)):
         raise _Decline(f"{label(user)}: a window would lie in the padding alone")
     return total
 

@@ -117,9 +117,7 @@ def _open_values(model: ir.Model) -> set[str]:
         contents.visit(node, opset)
         inputs = [v for v in node.inputs if v is not None and constant(v) is None]
         from_shapes = is_op(node, "Shape", "Size")
-        if not from_shapes and not (
-            inputs and node.op_type in FOLDABLE and all(v in derived for v in inputs)
-        ):
+        if not from_shapes and not (inputs and node.op_type in FOLDABLE and all(v in derived for v in inputs)):
             continue
         derived.update(node.outputs)
         known = contents(node.outputs[0])

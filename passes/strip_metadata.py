@@ -38,6 +38,8 @@ class StripMetadata(Pass):
                 fired += _clear(node)
                 values.extend(node.outputs)
                 for attribute in node.attributes.values():
+                    fired += bool(attribute.doc_string)
+                    attribute.doc_string = None
                     if attribute.is_ref():
                         continue
                     if attribute.type == ir.AttributeType.TENSOR:
@@ -55,7 +57,12 @@ def _clear(
     thing: ir.Model | ir.Graph | ir.Function | ir.Node | ir.Value | ir.TensorProtocol,
 ) -> bool:
     dirty = bool(thing.metadata_props) or bool(thing.doc_string)
-    if dirty:
+    if dirty and isinstance(thing, ir.TensorProtoTensor):
+        # Such a tensor is written as the proto that it was read from, word for word.
+        thing.raw.ClearField("doc_string")
+        thing.raw.ClearField("metadata_props")
+        thing.metadata_props.clear()
+    elif dirty:
         thing.metadata_props.clear()
         thing.doc_string = None
     return dirty
