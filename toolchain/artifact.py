@@ -79,8 +79,9 @@ def write_artifact(
         }
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         (root / "manifest.json").write_text(text, encoding="utf-8")
-    # Read back what the disk now holds; the receipt of it saves the first load from doing that again.
-    package.write_receipt(destination)
+        # Read back what the disk now holds, before the switch: afterwards another build may replace it. The receipt
+        # of it survives the rename and saves the first load from reading it all again.
+        package.write_receipt(root)
 
 
 def _variant_entry(variant: Variant) -> dict[str, Any]:
