@@ -90,7 +90,9 @@ class Simplify(Pass):
             try:
                 return onnx.load(result)
             except Exception as error:
-                raise PassFailed(f"onnxsim wrote a file that is no model: {error}") from error
+                raise PassFailed(
+                    f"onnxsim wrote a file that is no model: {error}", hint="leave out simplify"
+                ) from error
 
 
 def _death(done: subprocess.CompletedProcess[str]) -> str:
@@ -111,8 +113,9 @@ def _open_values(model: ir.Model) -> set[str]:
     derived: set[ir.Value] = set()
     dynamic: set[ir.Value] = set()
     found: set[str] = set()
+    live = _live_nodes(model.graph)
     for node in model.graph:
-        if not in_standard_domain(node):
+        if not in_standard_domain(node) or node not in live:
             continue
         contents.visit(node, opset)
         inputs = [v for v in node.inputs if v is not None and constant(v) is None]
@@ -127,6 +130,17 @@ def _open_values(model: ir.Model) -> set[str]:
         elif known is None or known.known() is None:
             found.update(v.name for v in node.outputs if v.name and v.uses())
     return found
+
+
+def _live_nodes(graph: ir.Graph) -> set[ir.Node]:
+    live: set[ir.Node] = set()
+    for node in reversed(graph):
+        users = {use.node for value in node.outputs for use in value.uses()}
+        if any(v.is_graph_output() for v in node.outputs) or any(
+            user in live or user.graph is not graph for user in users
+        ):
+            live.add(node)
+    return live
 
 
 def _is_named(element: int | str | None) -> bool:

@@ -47,8 +47,8 @@ def marked() -> onnx.ModelProto:
 def test_no_path_is_left() -> None:
     proto = marked()
     for value in (*proto.graph.input, *proto.graph.output):  # check() holds these to their bytes
-        value.doc_string = ""
-        del value.metadata_props[:]
+        value.ClearField("doc_string")
+        value.ClearField("metadata_props")
     model, _ = check(proto, StripMetadata(), seeds=3)
     import onnx_ir as ir
 
