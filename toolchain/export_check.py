@@ -52,8 +52,9 @@ def _like(example: np.ndarray, shape: Sequence[int], generator: np.random.Genera
     if example.size == 0:
         return np.zeros(shape, example.dtype)
     if example.dtype.kind not in "iub":
-        values = example.astype(np.float64)
-        return (generator.standard_normal(shape) * (values.std() or 1.0) + values.mean()).astype(example.dtype)
+        seen = example.astype(np.float64)
+        values: np.ndarray = generator.standard_normal(shape) * (seen.std() or 1.0) + seen.mean()
+        return values.astype(example.dtype)
     # Identifiers, masks, flags: only values that the example shows are surely allowed.
     drawn: np.ndarray = generator.choice(example.reshape(-1), size=shape)
     return drawn
