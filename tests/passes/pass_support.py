@@ -38,7 +38,12 @@ def random_feeds(proto: onnx.ModelProto, seed: int, sizes: dict[str, int] | None
         if value.name in defaults:
             continue
         kind = value.type.tensor_type
-        shape = [d.dim_value if d.HasField("dim_value") else (sizes or {}).get(d.dim_param, 2) for d in kind.shape.dim]
+        shape = [
+            d.dim_value
+            if d.dim_value > 0 or (d.HasField("dim_value") and d.dim_value == 0)
+            else (sizes or {}).get(d.dim_param, 2)
+            for d in kind.shape.dim
+        ]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
         if dtype == np.bool_:
             feeds[value.name] = rng.random(shape) < 0.5
@@ -64,11 +69,22 @@ def run_ort(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.nda
     return list(session.run(None, feeds))
 
 
-def signature(proto: onnx.ModelProto) -> tuple[list[bytes], list[bytes]]:
-    """Inputs that must be fed and outputs: names, types and shapes."""
+Signature = tuple[list[tuple[str, str, list[int | str | None]]], list[tuple[str, str, list[int | str | None]]]]
+
+
+def signature(proto: onnx.ModelProto) -> Signature:
+    """Inputs that must be fed, and outputs: names, kinds and shapes."""
     defaults = {tensor.name for tensor in proto.graph.initializer}
-    inputs = [value.SerializeToString(deterministic=True) for value in proto.graph.input if value.name not in defaults]
-    return inputs, [value.SerializeToString(deterministic=True) for value in proto.graph.output]
+
+    def describe(value: onnx.ValueInfoProto) -> tuple[str, str, list[int | str | None]]:
+        kind = value.type.tensor_type
+        shape = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim]
+        return value.name, f"{value.type.WhichOneof('value')} {kind.elem_type}", shape
+
+    return (
+        [describe(value) for value in proto.graph.input if value.name not in defaults],
+        [describe(value) for value in proto.graph.output],
+    )
 
 
 def assert_close(before: list[np.ndarray], after: list[np.ndarray], nmse: float) -> None:

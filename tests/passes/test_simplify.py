@@ -24,7 +24,7 @@ OPEN = """agraph (float[N, 6] x, int64 zero, int64 one, float[6, 6] w) => (float
 }"""
 
 
-def open_model():  # noqa: ANN201
+def open_model():
     weight = np.random.default_rng(0).standard_normal((6, 6)).astype(np.float32)
     return parse(OPEN, zero=np.array(0), one=np.array(1), w=weight)
 
