@@ -134,6 +134,8 @@ def test_prepared_is_used_and_gives_the_same(compiled: runtimes.Compiled, tmp_pa
     (moved.directory / "model.onnx").unlink()
     with BACKEND.load(moved) as session:
         assert (session.info["prepared"], session.info["file"]) == ("used", "prepared/model.onnx")
+        made = session._session.get_session_options()  # type: ignore[attr-defined]
+        assert made.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         outputs = session.run({"x": x})
         assert session.inputs == (runtimes.TensorSpec("x", "float32", ("N", 16, 12, 12)),)
         assert session.outputs == (runtimes.TensorSpec("y", "float32", ("N", 16, 12, 12)),)

@@ -210,7 +210,7 @@ TAMPERING: list[tuple[Callable[[Path], object], str]] = [
     (lambda r: (r / "manifest.json").write_bytes(b"\xff{}"), "not JSON"),
     (lambda r: (r / "manifest.json").write_bytes(b"[" * 100_000), "not JSON"),
     (lambda r: (r / "manifest.json").write_bytes(b'{"a": ' + b"9" * 10_000 + b"}"), "not JSON"),
-    (lambda r: (r / "manifest.json").write_bytes(b'{"a": NaN}'), "NaN"),
+    (lambda r: (r / "manifest.json").write_bytes(b'{"a": NaN}'), "has NaN, which JSON does not"),
     (lambda r: (r / "manifest.json").write_bytes(b'{"layout": 1, "layout": 2}'), "'layout' twice"),
     (lambda r: (r / "manifest.json").write_bytes(b"[]"), "must be an object, is a list"),
 ]
@@ -232,12 +232,12 @@ EDITS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m.update(extra=1), "the manifest: has the unknown key 'extra'"),
     (lambda m: m.pop("layout"), "has no 'layout'"),
     (lambda m: m.update(layout="installed"), "layout: must be 'portable'"),
-    (lambda m: m.pop("schema_version"), "schema_version"),
+    (lambda m: m.pop("schema_version"), "schema_version: must be a text"),
     (lambda m: m.update(schema_version=1), "schema_version: must be a text"),
     (lambda m: m.update(schema_version="2.0"), "another schema: package schema 2.0"),
     (lambda m: m.update(shared_assets={}), "unknown key 'shared_assets'"),
     (lambda m: m.update(package_name=7), "package_name: must be a text, is a number"),
-    (lambda m: m.update(components={}), "components"),
+    (lambda m: m.update(components={}), "components: must hold 'model' and nothing else"),
     (lambda m: m["components"].update(model="model"), "components.model: must be an object"),
     (lambda m: m["components"]["model"].update(extra=1), "components.model: has the unknown key"),
     (lambda m: m["components"]["model"].update(variants=[]), "must be an object, is a list"),
@@ -375,6 +375,20 @@ def test_files_too_young_get_no_receipt(root: Path, reads: list[str], monkeypatc
     for _ in range(2):
         runtimes.load(root).close()
     assert reads == ["model.onnx"] * 2
+
+
+def test_a_file_that_changes_while_it_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest is of what was there, not of what is: nothing may be concluded from it."""
+    real = _digests._sha256
+
+    def read_then_touched(path: Path) -> Any:
+        digest, _ = real(path)
+        os.utime(path, ns=(1, 1))
+        return digest, _digests._identity(path.stat())
+
+    monkeypatch.setattr(_digests, "_sha256", read_then_touched)
+    with pytest.raises(runtimes.InvalidArtifact, match="changed while it was read"):
+        runtimes.load(root)
 
 
 def test_a_copy_has_no_receipt(root: Path, reads: list[str], tmp_path: Path) -> None:
