@@ -84,7 +84,9 @@ def build(
         exported = line.stage("export", line.export_key, line.make_export)
         kept = line.kept()
         if kept is not None:
-            return Built(line.destination, kept, True)
+            # what the stages took when they ran is not what they took now
+            reused = tuple(dataclasses.replace(stage, seconds=0.0, cached=True) for stage in kept.stages)
+            return Built(line.destination, dataclasses.replace(kept, stages=reused), True)
         optimized = line.stage("optimize", line.optimize_key, line.make_optimize)
         variants, measured = [], []
         for target in line.targets:
@@ -97,7 +99,7 @@ def build(
             name=line.name,
             model=line.source.public,
             weights=to_json(line.meta.weights),
-            warnings=line.meta.warnings,
+            warnings=_warnings(line.meta),
             opset=line.meta.opset,
             torch_error=dict(line.meta.torch_error),
             exported_size=_size(exported, "model.onnx*"),
@@ -390,6 +392,13 @@ def _require(target: runtimes.Target) -> None:
         raise runtimes.TargetUnavailable(
             f"cannot build for {target}: {state.reason}", where=f"target {target}", hint=state.remedy
         )
+
+
+def _warnings(exported: Exported) -> tuple[str, ...]:
+    """What stands above the report. Random weights are told whether they were asked for or not."""
+    if exported.weights.kind == "random" and not exported.warnings:
+        return (f"the weights are random, seed {exported.weights.seed}: latency is real, the answers mean nothing",)
+    return exported.warnings
 
 
 def _size(directory: Path, pattern: str) -> int:

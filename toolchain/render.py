@@ -41,6 +41,12 @@ def milliseconds(value: float) -> str:
 Rows = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 
+def described_weights(report: BuildReport) -> str:
+    """Such as ``pretrained (hub:microsoft/resnet-50)`` or ``random (seed 0)``."""
+    kind, origin = report.weights.get("kind"), report.weights.get("origin")
+    return f"{kind} ({origin or 'seed ' + str(report.weights.get('seed'))})"
+
+
 def sections(report: BuildReport) -> list[Rows]:
     """The report's tables as (title, header, rows): one source for the terminal and the page."""
     found: list[Rows] = []
@@ -143,13 +149,21 @@ def notes(report: BuildReport) -> list[str]:
     return lines
 
 
+def numeric(section: Rows) -> list[bool]:
+    """For each column whether it holds numbers, and so belongs to the right."""
+    _, header, rows = section
+    return [
+        bool(rows) and all(row[index][:1].isdigit() or row[index] in ("-", "auto", "exact") for row in rows)
+        for index in range(len(header))
+    ]
+
+
 def table(section: Rows) -> Table:
     """A section as a terminal table, numbers to the right."""
     title, header, rows = section
     made = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
-    for index, name in enumerate(header):
-        numeric = bool(rows) and all(row[index][:1].isdigit() or row[index] in ("-", "auto", "exact") for row in rows)
-        made.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for name, right in zip(header, numeric(section), strict=True):
+        made.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made
@@ -159,7 +173,7 @@ def show(report: BuildReport, console: Console) -> None:
     """Prints the report; warnings first."""
     for warning in report.warnings:
         console.print(Text(f"warning: {warning}", style="bold yellow"))
-    weights = f"{report.weights.get('kind')} ({report.weights.get('origin') or 'no origin'})"
+    weights = described_weights(report)
     console.print(
         Text(f"{report.name}: {report.model}, weights: {weights}, opset {report.opset}, ")
         + Text(f"exported {megabytes(report.exported_size)}")
@@ -196,7 +210,8 @@ p.dim, ul.dim { color: var(--dim); margin: .25rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem 1.25rem .25rem 0; text-align: left; vertical-align: top; }
 th, td { border-bottom: 1px solid var(--line); }
-th { color: var(--dim); font-weight: 500; white-space: nowrap; } td.number { text-align: right; white-space: nowrap; }
+th { color: var(--dim); font-weight: 500; white-space: nowrap; }
+.number { text-align: right; white-space: nowrap; }
 .warning { border-left: 4px solid var(--warn); background: var(--warn-bg); padding: .5rem 1rem; margin: .75rem 0; }
 """
 
@@ -204,24 +219,24 @@ th { color: var(--dim); font-weight: 500; white-space: nowrap; } td.number { tex
 def html(report: BuildReport) -> str:
     """The report as one self-contained page, light or dark as the reader's system is."""
     text = escape.escape
-    weights = f"{report.weights.get('kind')} ({report.weights.get('origin') or 'no origin'})"
+    weights = described_weights(report)
     body = [f"<h1>{text(report.name)}</h1>"]
     body.append(
         f'<p class="dim">{text(report.model)} · weights {text(weights)} · opset {report.opset} · '
         f"exported {megabytes(report.exported_size)}</p>"
     )
     body += [f'<div class="warning">{text(warning)}</div>' for warning in report.warnings]
-    for title, header, rows in sections(report):
-        head = "".join(f"<th>{text(name)}</th>" for name in header)
-        lines = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows)
+    for section in sections(report):
+        title, header, rows = section
+        kinds = [' class="number"' if right else "" for right in numeric(section)]
+        head = "".join(f"<th{kind}>{text(name)}</th>" for name, kind in zip(header, kinds, strict=True))
+        lines = "".join(
+            "<tr>" + "".join(f"<td{kind}>{text(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
+            for row in rows
+        )
         body.append(f"<h2>{text(title)}</h2><div class=scroll><table><tr>{head}</tr>{lines}</table></div>")
     body.append('<ul class="dim">' + "".join(f"<li>{text(line)}</li>" for line in notes(report)) + "</ul>")
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{text(report.name)}</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>\n"
     )
-
-
-def _cell(value: str) -> str:
-    kind = ' class="number"' if value[:1].isdigit() else ""
-    return f"<td{kind}>{escape.escape(value)}</td>"

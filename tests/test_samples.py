@@ -1,0 +1,85 @@
+"""The samples run as their READMEs say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import runtimes
+from toolchain.build import build
+from toolchain.cache import Cache
+from toolchain.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES = ROOT / "samples"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ResNet-18 with random weights: what the zoo's ResNet-50 is, at a quarter of the time."""
+    pytest.importorskip("torch", reason="the zoo needs the export extra")
+    folder = tmp_path_factory.mktemp("samples")
+    recipe = Recipe(model="resnet18", weights="random", output=str(folder / "resnet18"))
+    return build(recipe.override(benchmark__count=5, benchmark__duration_s=0.0), cache=Cache(folder / "cache")).path
+
+
+def test_01_classifies_a_picture(artifact: Path, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
+    pixels = np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)
+    image.fromarray(pixels).save(tmp_path / "cat.png")
+    done = subprocess.run(
+        [sys.executable, SAMPLES / "01_resnet50" / "classify.py", artifact, tmp_path / "cat.png"],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert lines[0] == "cat.png"
+    odds = [float(re.match(r"\s+([\d.]+) %", line)[1]) for line in lines[1:]]  # type: ignore[index]
+    assert len(odds) == 5
+    assert odds == sorted(odds, reverse=True)
+    assert "random" in done.stderr  # the weights were, and it says so
+
+
+def test_02_serves_many_threads_with_the_right_answers(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SAMPLES / "02_embed_in_a_service"))
+    import service
+
+    server = service.serve(str(artifact), 0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    inputs = [np.random.default_rng(n).normal(size=(1, 3, 224, 224)).astype(np.float32) for n in range(6)]
+    answers: list[list[float] | None] = [None] * len(inputs)
+
+    def ask(number: int) -> None:
+        request = urllib.request.Request(f"{address}/run", data=inputs[number].tobytes())
+        with urllib.request.urlopen(request) as reply:
+            answers[number] = json.load(reply)["output"]
+
+    try:
+        askers = [threading.Thread(target=ask, args=(n,)) for n in range(len(inputs))]
+        for asker in askers:
+            asker.start()
+        for asker in askers:
+            asker.join()
+        with runtimes.load(artifact) as session:
+            for given, got in zip(inputs, answers, strict=True):
+                np.testing.assert_allclose(got, session.run({"pixel_values": given})["logits"][0], rtol=1e-5)
+        with urllib.request.urlopen(f"{address}/model") as reply:
+            assert "pixel_values: float32[batch, 3, 224, 224]" in json.load(reply)["inputs"]
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(urllib.request.Request(f"{address}/run", data=b"short"))
+        assert caught.value.code == 400
+        assert "602112" in caught.value.read().decode()
+    finally:
+        server.shutdown()
+        server.server_close()
