@@ -112,8 +112,8 @@ def measure(artifact: Path, rounds: int, folder: Path) -> dict[str, Any]:
         "ours, receipt": ("ours", artifact, known),
         "ours, no receipt": ("ours", artifact, unknown),
     }
-    for side in sides.values():
-        child(side[0], side[1], shapes, side[2])
+    for side, path, cache in sides.values():
+        child(side, path, shapes, cache)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, (side, path, cache) in sides.items():
