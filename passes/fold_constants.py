@@ -127,7 +127,7 @@ class FoldConstants(Pass):
         numbers = known.known() if known is not None else None
         if known is None or numbers is None:
             return None
-        return [np.array(numbers, np.int64).reshape([len(numbers)] if known.rank else [])]
+        return [np.array(numbers, known.dtype.numpy()).reshape([len(numbers)] if known.rank else [])]
 
     def _may_grow(self, node: ir.Node, inputs: list[ir.TensorProtocol | None]) -> bool:
         """Refuses before the work what can be refused before it: an output whose shape is given as data."""

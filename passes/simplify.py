@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from passes._contents import ContentsOf
 from passes._evaluate import FOLDABLE
-from passes._graph import constant, default_opset, is_op, new_constant, remove, scopes
+from passes._graph import constant, default_opset, dims, is_op, new_constant, remove, scopes
 from passes._shapes import skeleton
 from passes.base import Declined, Outcome, Pass, PassFailed, in_standard_domain
 
@@ -114,6 +114,7 @@ def _open_values(model: ir.Model) -> set[str]:
     dynamic: set[ir.Value] = set()
     found: set[str] = set()
     live = _live_nodes(model.graph)
+    of_inputs = {d for value in model.graph.inputs for d in dims(value) or () if isinstance(d, str)}
     for node in model.graph:
         if not in_standard_domain(node) or node not in live:
             continue
@@ -124,7 +125,7 @@ def _open_values(model: ir.Model) -> set[str]:
             continue
         derived.update(node.outputs)
         known = contents(node.outputs[0])
-        named = known is not None and any(_is_named(element) for element in known.elements)
+        named = known is not None and any(element in of_inputs or _is_named(element) for element in known.elements)
         if named or any(v in dynamic for v in inputs):
             dynamic.update(node.outputs)
         elif known is None or known.known() is None:

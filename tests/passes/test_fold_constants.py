@@ -95,6 +95,7 @@ SHAPES = [
     ("arithmetic", "s = Shape <start = 1, end = 2> (x)  p = Mul (s, last)  v = Sub (p, one)", [8]),
     ("squeeze", "s = Shape <start = 3> (x)  v = Squeeze (s, zero1)", 9),
     ("concat skips the batch", "s = Shape <start = 2> (x)  c = Concat <axis = 0> (s, one)  v = Abs (c)", [8, 9, 1]),
+    ("by way of int32", "s = Shape (x)  c = Cast <to = 6> (s)  g = Gather (c, two)  v = Cast <to = 7> (g)", 8),
     ("size of a part", "w = Constant <value = float[2, 3] {1, 2, 3, 4, 5, 6}> ()  v = Size (w)", 6),
 ]
 

@@ -250,7 +250,9 @@ MUST_NOT_FIRE = {
     "conv output is a graph output": "c = Conv (x, w)  y = BatchNormalization (c, gamma, beta, mean, var)",
     "something in between": "c = Conv (x, w)  r = Relu (c)  y = BatchNormalization (r, gamma, beta, mean, var)",
     "shift before padding": "n = BatchNormalization (x, gamma, beta, mean, var)  y = Conv <pads = [1, 1, 1, 1]> (n, w)",
-    "shift before auto_pad": 'n = BatchNormalization (x, gamma, beta, mean, var)  y = Conv <auto_pad = "SAME_UPPER"> (n, w)',
+    "shift before auto_pad": (
+        'n = BatchNormalization (x, gamma, beta, mean, var)  y = Conv <auto_pad = "SAME_UPPER"> (n, w)'
+    ),
     "shift before ConvTranspose": "n = BatchNormalization (x, gamma, beta, mean, var)  y = ConvTranspose (n, w)",
     "weight is computed": "v = Neg (dyn)  c = Conv (x, v)  y = BatchNormalization (c, gamma, beta, mean, var)",
     "bias is an input": "c = Conv (x, w, free)  y = BatchNormalization (c, gamma, beta, mean, var)",
