@@ -269,7 +269,7 @@ class _Line:
     def make_accuracy(self, variant: Variant, working: Path) -> None:
         dataset = self.dataset
         assert dataset is not None
-        with reference_session(self.exported_model) as reference, self.open(variant) as session:
+        with reference_session(self.exported_file) as reference, self.open(variant) as session:
             accuracy = measure_accuracy(
                 reference,
                 session,
@@ -302,9 +302,13 @@ class _Line:
     def meta(self) -> Exported:
         return Exported.from_meta(self.exported_model, json.loads((self.paths["export"] / "meta.json").read_text()))
 
+    @property
+    def exported_file(self) -> Path:
+        return self.paths["export"] / "model.onnx"
+
     @functools.cached_property
     def exported_model(self) -> ir.Model:
-        return ir.load(self.paths["export"] / "model.onnx")
+        return ir.load(self.exported_file)
 
     @functools.cached_property
     def optimized_model(self) -> ir.Model:
@@ -338,7 +342,7 @@ class _Line:
     @functools.cached_property
     def reference_outputs(self) -> list[Feeds]:
         self.on_status("verify: running the exported model unoptimised")
-        with reference_session(self.exported_model) as session:
+        with reference_session(self.exported_file) as session:
             return [session.run(feeds) for feeds in self.samples]
 
     def open(self, variant: Variant) -> runtimes.Session:

@@ -31,7 +31,7 @@ app.registered_groups += looking.registered_groups
 Model = Annotated[
     str,
     typer.Argument(
-        help="zoo name, hf:ID, timm:NAME, torchvision:NAME, FILE.py:FACTORY, .pt2, .onnx; build takes a recipe.yaml too",
+        help="zoo name, hf:ID, timm:NAME, torchvision:NAME, FILE.py:FACTORY, .pt2, .onnx; or a recipe.yaml to build",
         show_default=False,
     ),
 ]

@@ -16,26 +16,27 @@ Feeds = dict[str, np.ndarray]
 
 
 @contextlib.contextmanager
-def reference_session(model: ir.Model, *, extra_outputs: Sequence[str] = ()) -> Iterator[runtimes.Session]:
-    """A session that runs ``model`` node by node: ONNX Runtime with every graph optimisation off, or,
+def reference_session(model: ir.Model | Path, *, extra_outputs: Sequence[str] = ()) -> Iterator[runtimes.Session]:
+    """A session that runs a graph node by node: ONNX Runtime with every graph optimisation off, or,
     where it has no kernel for a node, onnx's ReferenceEvaluator.
 
     Args:
-        extra_outputs: names of main-graph values to return besides the model's outputs.
+        model: a graph in memory, or a file that is known to be sound.
+        extra_outputs: names of main-graph values to return besides the model's outputs; in memory only.
 
     Raises:
         InvalidModel, CompileFailed: neither can run it.
     """
-    if extra_outputs:
-        model = with_outputs(model, extra_outputs)
-    with temporary_onnx(model) as folder:
-        path = Path(folder) / "model.onnx"
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, Path):
+            path = model
+        else:
+            path = stack.enter_context(temporary_onnx(with_outputs(model, extra_outputs) if extra_outputs else model))
         try:
             session = runtimes.load(path, target="ort-cpu", options={"graph_level": "disabled"})
         except (runtimes.CompileFailed, runtimes.TargetUnavailable):
             session = runtimes.load(path, target="reference")
-        with session:
-            yield session
+        yield stack.enter_context(session)
 
 
 def input_specs(model: ir.Model) -> tuple[runtimes.TensorSpec, ...]:

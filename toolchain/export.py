@@ -137,7 +137,9 @@ def export(
     """
     trials = [*trial_inputs(model), *samples]
     expected = [run_module(model, inputs) for inputs in trials]
-    names = model.output_names or tuple(name for name, _ in expected[0])
+    names = model.output_names or tuple(f"{name}_out" if name in model.input_names else name for name, _ in expected[0])
+    if taken := sorted(set(names) & set(model.input_names)):
+        raise ExportFailed(f"{taken[0]!r} names an input and an output", where="output_names", hint="rename one")
     if len(names) != len(expected[0]):
         raise ExportFailed(
             f"{len(names)} output names for {len(expected[0])} outputs",
@@ -145,6 +147,7 @@ def export(
             hint="name every output",
         )
     graph = _translate(model, names, opset)
+    _own_outputs(graph, model.input_names, names)
     _strip(graph)
     _name_axes(graph, model)
     found = _opset(graph)
@@ -212,6 +215,37 @@ def _by_position(module: torch.nn.Module, axes: list[dict[int, str]]) -> tuple[A
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         return (*axes[:named], tuple(axes[named:]))
     return tuple(axes)
+
+
+def _own_outputs(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Gives every output a value and a name of its own.
+
+    Where ``forward`` returns an input, a weight, or one tensor twice, the exporter makes that value the
+    output and names it so; and it takes the names as they are, also those that another value bears.
+    """
+    graph = model.graph
+    for value, name in zip(graph.inputs, inputs, strict=True):
+        value.name = name
+    own: list[ir.Value] = []
+    for value in graph.outputs:
+        if value.producer() is None or value in own:
+            node = ir.node("Identity", [value])
+            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+            graph.append(node)
+            value = node.outputs[0]
+        own.append(value)
+    for index, value in enumerate(own):
+        graph.outputs[index] = value
+    for part in graphs(model):
+        for value in [*part.initializers.values()] if isinstance(part, ir.Graph) else []:
+            if value.name in outputs:
+                value.name = f"{value.name}_value"
+        for node in part:
+            for value in node.outputs:
+                if value.name in outputs:
+                    value.name = f"{value.name}_value"
+    for value, name in zip(own, outputs, strict=True):
+        value.name = name
 
 
 def _strip(model: ir.Model) -> None:

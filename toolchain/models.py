@@ -164,7 +164,7 @@ def _unknown(text: str, path: Path) -> SourceError:
             where=text,
             hint=f"name the architecture and give the file as weights: MODEL --weights {text}",
         )
-    if path.exists():
+    if text and path.exists():
         return SourceError("not a model that can be read", where=text, hint="give a .onnx, a .pt2 or FILE.py:FACTORY")
     near = difflib.get_close_matches(text.lower().replace("-", "_"), ZOO, n=3, cutoff=0.5)
     kinds = "hf:ID, timm:NAME, torchvision:NAME, FILE.py:FACTORY, FILE.pt2, FILE.onnx"

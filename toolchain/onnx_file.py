@@ -7,9 +7,11 @@ onnx's own checker with type inference in a child process, since native code has
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -135,12 +137,14 @@ def _loaded(model: ir.Model) -> ir.Model:
     return ir.external_data.load_to_model(model)
 
 
-def temporary_onnx(model: ir.Model, directory: Path | None = None) -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder with ``model.onnx`` in it, for a runtime that reads files."""
-    folder = tempfile.TemporaryDirectory(prefix="toolchain-", dir=directory)
-    try:
-        write_onnx(model, Path(folder.name) / "model.onnx")
-    except BaseException:
-        folder.cleanup()
-        raise
-    return folder
+@contextlib.contextmanager
+def temporary_onnx(model: ir.Model) -> Iterator[Path]:
+    """The model as a file for a runtime that reads files, gone after the block.
+
+    Weights go beside it: written straight from where they are, they cost a tenth of packing them into the proto.
+    """
+    with tempfile.TemporaryDirectory(prefix="toolchain-") as folder:
+        path = Path(folder) / "model.onnx"
+        with reported(path, "a temporary model", hint="free some space, or set TMPDIR to another disk"):
+            ir.save(model, path, external_data="model.onnx.data")
+        yield path

@@ -48,8 +48,8 @@ def load_factory(source: Source, weights: str, seed: int) -> TorchModel:
             where=source.public,
             hint="leave --weights auto (the factory runs with torch seeded), or give a file",
         )
-    function = user_code.load(path, source.function or "", error=SourceError)
     with seeded(seed):
+        function = user_code.load(path, source.function or "", error=SourceError)
         made = user_code.call(function, path, error=SourceError)
     fields = _factory_fields(made, f"{path.name}:{source.function}")
     module = fields["module"]
