@@ -2,6 +2,11 @@
 
 To add one: a file with one frozen dataclass on ``passes.base.Pass``, a line in ``PASSES`` below, a line in
 ``DEFAULT_PIPELINE`` if every model should have it, and a test file of the same name.
+
+Measured on ONNX Runtime 1.31 (CPU time of one thread, interleaved medians) and left out because it gave
+nothing: ReduceMean over the spatial axes as GlobalAveragePool (0.99 to 1.00 on ResNet-50,
+EfficientNet-Lite0 and MobileNetV2), and the Reshape, Transpose, Reshape by which torch transposes the keys
+of attention as one Transpose (1.00 on ViT).
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from passes.eliminate_noops import EliminateNoops
 from passes.fold_constants import FoldConstants
 from passes.freeze_initializers import FreezeInitializers
 from passes.fuse_conv_bn import FuseConvBn
+from passes.fuse_hard_sigmoid import FuseHardSigmoid
 from passes.fuse_pad import FusePad
 from passes.simplify import Simplify
 from passes.strip_metadata import StripMetadata
@@ -47,6 +53,7 @@ PASSES: Mapping[str, type[Pass]] = types.MappingProxyType(
         "fold_constants": FoldConstants,
         "freeze_initializers": FreezeInitializers,
         "fuse_conv_bn": FuseConvBn,
+        "fuse_hard_sigmoid": FuseHardSigmoid,
         "fuse_pad": FusePad,
         "simplify": Simplify,
         "strip_metadata": StripMetadata,
@@ -59,6 +66,7 @@ DEFAULT_PIPELINE: tuple[str, ...] = (
     "fold_constants",  # gives the biases, pads, Clip bounds and targets that the rest must read
     "eliminate_noops",  # brings BatchNormalization and Pad next to the layer that they fuse with
     "fuse_conv_bn",
+    "fuse_hard_sigmoid",
     "fuse_pad",
     "eliminate_dead_code",  # what folding and fusing left behind must not start simplify's child process
     "simplify",

@@ -154,7 +154,8 @@ def dims(value: ir.Value | None) -> tuple[int | str | None, ...] | None:
         if tensor is None:
             return None
         shape = tensor.shape
-    return tuple(d if isinstance(d, int) else d.value for d in shape)
+    # Some exporters write -1 for a dimension that they do not know.
+    return tuple((d if d >= 0 else None) if isinstance(d, int) else d.value for d in shape)
 
 
 def same_shape(a: ir.Value, b: ir.Value) -> bool:

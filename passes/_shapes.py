@@ -42,6 +42,7 @@ def skeleton(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.Value]]:
         if name not in listed:
             shape = [d if isinstance(d, int) else None for d in tensor.shape]
             proto.graph.input.append(onnx.helper.make_tensor_value_info(name, int(tensor.dtype), shape))
+    _forget_negative_dimensions(proto.graph)
     return proto, big
 
 
@@ -64,6 +65,14 @@ def infer_shapes(model: ir.Model) -> bool:
             f"shape inference refuses the graph: {error}", hint="check the model with onnx.checker"
         ) from error
     return _merge(model.graph, inferred.graph)
+
+
+def _forget_negative_dimensions(graph: onnx.GraphProto) -> None:
+    """Some exporters write -1 for a dimension that they do not know; onnx would calculate with it."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_value < 0:
+                dimension.ClearField("dim_value")
 
 
 def _merge(graph: ir.Graph, proto: onnx.GraphProto) -> bool:

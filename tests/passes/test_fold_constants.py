@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from pass_support import assert_close, check, ops, parse, run_ort
+from pass_support import assert_close, check, ops, parse, run_ort, run_reference
 
 from passes._evaluate import FOLDABLE
 from passes.eliminate_dead_code import EliminateDeadCode
@@ -347,3 +347,25 @@ def test_agrees_with_onnx_runtime() -> None:
     model, _ = check(proto, *FOLD, run=run_ort, nmse=1e-12)
     assert ops(model) == ["Mul"]
     assert_close([constants["b"]], [constants["b"]], 0)
+
+
+def test_minus_one_is_no_dimension() -> None:
+    """Paddle writes -1 for a dimension that it does not know: neither a size nor one that equals another -1."""
+    text = """agraph (float[2, 3] x, float[2, 3] z, int64[1] one) => (float[A, B] y, int64[2] s) {
+        t = Shape (x)
+        u = Concat <axis = 0> (one, t)
+        r = Reshape (x, u)
+        f = Flatten <axis = 2> (r)
+        y = Add (f, z)
+        s = Identity (t)
+    }"""
+    proto = parse(text, one=np.array([1]))
+    for value in proto.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = -1
+    model = ir.from_proto(proto)
+    for each in FOLD:
+        each(model)
+    after = ir.to_proto(model)
+    x, z = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones((2, 3), np.float32)
+    assert_close(run_reference(proto, {"x": x, "z": z}), run_reference(after, {"x": x, "z": z}), 0)
+    assert "Shape" in ops(model)
