@@ -118,8 +118,7 @@ class FoldConstants(Pass):
         if all(t is not None or v is None for t, v in zip(inputs, node.inputs, strict=True)):
             if node.op_type not in FOLDABLE or not node.inputs:
                 return None
-            if not self._may_grow(node, inputs):
-                return None
+            self._refuse_growth(node, inputs)
             results = evaluate(node, scope.opset, inputs)
             self._check_size(node, results)
             return results
@@ -129,14 +128,13 @@ class FoldConstants(Pass):
             return None
         return [np.array(numbers, known.dtype.numpy()).reshape([len(numbers)] if known.rank else [])]
 
-    def _may_grow(self, node: ir.Node, inputs: list[ir.TensorProtocol | None]) -> bool:
+    def _refuse_growth(self, node: ir.Node, inputs: list[ir.TensorProtocol | None]) -> None:
         """Refuses before the work what can be refused before it: an output whose shape is given as data."""
         if node.op_type in ("Expand", "ConstantOfShape", "Tile", "Range", "EyeLike", "OneHot"):
             size = _output_elements(node)
             itemsize = max((t.dtype.itemsize for t in inputs if t is not None), default=8)
             if size is None or size * max(itemsize, 1) > max(self.max_bytes, 0):
                 raise CannotEvaluate(f"the result would have {'unknown' if size is None else size} elements")
-        return True
 
     def _check_size(self, node: ir.Node, results: list[np.ndarray]) -> None:
         size = sum(result.nbytes for result in results)
