@@ -178,6 +178,19 @@ def _load_package(
     packages: Any, path: Path, *, target: str | None, variant: str | None, options: Any, verify: bool
 ) -> Session:
     found = packages.read_package(path)
+    try:
+        return _load_variant(packages, found, target=target, variant=variant, options=options, verify=verify)
+    except InvalidArtifact:
+        # A rebuild may have put another artifact in its place between the manifest and the files: then once more.
+        now = packages.read_package(path)
+        if now.digest == found.digest:
+            raise
+        return _load_variant(packages, now, target=target, variant=variant, options=options, verify=verify)
+
+
+def _load_variant(
+    packages: Any, found: Any, *, target: str | None, variant: str | None, options: Any, verify: bool
+) -> Session:
     if target is not None:
         backend(Target.parse(target).runtime)  # an unknown name is told with its nearest, whatever is offered
     picked, why = packages.choose_variant(
@@ -195,6 +208,7 @@ def _load_package(
         "variant": picked.name,
         "why": why,
         "precision": picked.precision,
+        "digest": found.digest,
         "verified": "yes" if verify else "no",
         **session.info,
     }

@@ -20,7 +20,6 @@ import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from runtimes._external_data import check_model_file, copy_model
 from runtimes._ort import OrtSession, make_session
 from runtimes.base import (
     Availability,
@@ -33,6 +32,7 @@ from runtimes.base import (
     Target,
     TargetUnavailable,
 )
+from runtimes.model_file import check_model_file, copy_model
 
 GraphLevel = Literal["disabled", "basic", "extended", "layout", "all"]
 

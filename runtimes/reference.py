@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from runtimes._external_data import check_model_file, copy_model
 from runtimes._inputs import InputCheck, numpy_dtype
 from runtimes.base import (
     Availability,
@@ -33,6 +32,7 @@ from runtimes.base import (
     TargetUnavailable,
     TensorSpec,
 )
+from runtimes.model_file import check_model_file, copy_model
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

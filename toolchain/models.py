@@ -263,7 +263,7 @@ def _path(source: Source) -> Path:
 
 
 def _onnx_parts(source: Source) -> dict[str, str]:
-    from runtimes._external_data import check_model_file
+    from runtimes.model_file import check_model_file
 
     path = _path(source)
     parts = {"file": file_sha256(path)}

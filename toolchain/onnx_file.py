@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from passes.base import graphs
 from runtimes import InvalidModel
-from runtimes._external_data import check_model_file
+from runtimes.model_file import check_model_file
 from toolchain.errors import GraphError
 from toolchain.storage import reported
 

@@ -19,7 +19,7 @@ import pytest
 from runtime_support import save_model, save_with_data, variant_body, write_package
 
 import runtimes
-from runtimes._external_data import check_model_file
+from runtimes.model_file import check_model_file
 from runtimes.ort_cpu import BACKEND, OrtCpuOptions, fingerprint
 
 RELU = "g (float[N, 3] x) => (float[N, 3] y) { y = Relu(x) }"

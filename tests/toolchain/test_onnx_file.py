@@ -1,4 +1,4 @@
-"""What strangers hand in: refused with a typed error that names the file and the next step, before a runtime sees it."""
+"""What strangers hand in: refused with a typed error that names file and next step, before a runtime sees it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def conv_net(*, seed: int = 0, channels: int = 8, opset: int = 17, dynamic: bool = True) -> onnx.ModelProto:
-    """Conv, BatchNormalization, Relu, GlobalAveragePool, Flatten, Gemm: image [batch, 3, 16, 16] to logits [batch, 10]."""
+    """Conv, BatchNormalization, Relu, pooling, Flatten, Gemm: image [batch, 3, 16, 16] to logits [batch, 10]."""
     rng = np.random.default_rng(seed)
 
     def weight(name: str, *shape: int, positive: bool = False) -> onnx.TensorProto:

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from runtime_support import save_model, save_with_data
 
 import runtimes
-from runtimes._external_data import CHILDREN, check_model_file, copy_model
+from runtimes.model_file import CHILDREN, check_model_file, copy_model
 
 TINY = "g (float[N] x) => (float[N] y) { y = Relu(x) }"
 
@@ -315,7 +315,7 @@ def test_depth_is_bounded(tmp_path: Path) -> None:
 
 
 def test_number_of_fields_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtimes._external_data._MAX_FIELDS", 1000)
+    monkeypatch.setattr("runtimes.model_file._MAX_FIELDS", 1000)
     path = tmp_path / "m.onnx"
     path.write_bytes(field(1, 9) + field(7, field(2, b"") * 2000))
     with pytest.raises(runtimes.InvalidModel, match="more than 1,000 fields"):

@@ -1,0 +1,1 @@
+"""The line from a trained model to an artifact: everything that happens before an engine is shipped."""
