@@ -53,11 +53,30 @@ def read_onnx(path: Path) -> ir.Model:
         )
     _check_in_child(path)
     try:
-        model = ir.load(path)
+        proto = onnx.load(path, load_external_data=False)
+        sparse = next(_sparse_initializers(proto.graph), None)
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
     except Exception as error:  # what a malformed tensor raises is not documented; nothing has been built on it yet
         raise InvalidModel(f"cannot read the model: {error}", where=str(path)) from error
+    if sparse is not None:
+        # onnx_ir leaves them out without a word, and the graph would be another one
+        raise GraphError(
+            f"weight {sparse!r} is a sparse initializer, which this toolchain does not read",
+            where=str(path),
+            hint="export the model with dense weights",
+        )
     check_weights(model, where=str(path))
     return model
+
+
+def _sparse_initializers(graph: onnx.GraphProto) -> Iterator[str]:
+    for tensor in graph.sparse_initializer:
+        yield tensor.values.name
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _sparse_initializers(inner)
 
 
 def _check_in_child(path: Path) -> None:

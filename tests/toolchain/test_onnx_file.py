@@ -117,6 +117,16 @@ def test_infinite_weights_are_a_mask_and_allowed(tmp_path: Path) -> None:
     read_onnx(save(model, tmp_path / "m.onnx"))
 
 
+def test_sparse_weights_are_refused_not_dropped(tmp_path: Path) -> None:
+    model = conv_net()
+    dense = model.graph.initializer.pop()  # fc_b
+    values = numpy_helper.from_array(np.ones(2, np.float32), dense.name)
+    model.graph.sparse_initializer.append(
+        helper.make_sparse_tensor(values, numpy_helper.from_array(np.array([1, 4]), "indices"), [10])
+    )
+    refused(save(model, tmp_path / "m.onnx"), GraphError, "weight 'fc_b' is a sparse initializer")
+
+
 def external(tmp_path: Path, location: str, *, length: int | None = None) -> Path:
     """The model with its first weight at ``location``."""
     model = conv_net()
