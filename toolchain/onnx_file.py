@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import google.protobuf.message
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -51,14 +52,8 @@ def read_onnx(path: Path) -> ir.Model:
             where=str(path),
             hint="update onnx, or save the model with an older onnx",
         )
-    _check_in_child(path)
-    try:
-        proto = onnx.load(path, load_external_data=False)
-        sparse = next(_sparse_initializers(proto.graph), None)
-        model = ir.from_proto(proto)
-        ir.external_data.set_base_dir(model.graph, path.parent)
-    except Exception as error:  # what a malformed tensor raises is not documented; nothing has been built on it yet
-        raise InvalidModel(f"cannot read the model: {error}", where=str(path)) from error
+    proto = _parse(path)
+    sparse = next(_sparse_initializers(proto.graph), None)
     if sparse is not None:
         # onnx_ir leaves them out without a word, and the graph would be another one
         raise GraphError(
@@ -66,8 +61,21 @@ def read_onnx(path: Path) -> ir.Model:
             where=str(path),
             hint="export the model with dense weights",
         )
+    _check_in_child(path)
+    try:
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
+    except Exception as error:  # what a malformed tensor raises is not documented; nothing has been built on it yet
+        raise InvalidModel(f"cannot read the model: {error}", where=str(path)) from error
     check_weights(model, where=str(path))
     return model
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path, load_external_data=False)
+    except google.protobuf.message.DecodeError as error:
+        raise InvalidModel(f"not an ONNX file: {error}", where=str(path), hint="export or download it again") from error
 
 
 def _sparse_initializers(graph: onnx.GraphProto) -> Iterator[str]:
