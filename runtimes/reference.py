@@ -66,7 +66,7 @@ class Reference(Backend):
             raise InvalidModel("there is no portable model", where=str(compiled.directory))
         file = check_model_file(compiled.directory / compiled.model_file).path
         import onnx
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+        from google.protobuf.message import DecodeError
         from onnx.reference import ReferenceEvaluator
 
         try:
