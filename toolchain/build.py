@@ -28,7 +28,7 @@ from toolchain.compile import compile_model, read_compiled, session_options
 from toolchain.data import Dataset, open_dataset
 from toolchain.errors import StorageError
 from toolchain.evaluate import Feeds, class_count, input_specs, reference_session
-from toolchain.export import Exported, export_source
+from toolchain.export import Exported, compare_on, export, import_onnx
 from toolchain.machine import cpu_model, package_versions, this_machine, usable_cores
 from toolchain.onnx_file import write_onnx
 from toolchain.optimize import PassReport, optimize
@@ -146,6 +146,7 @@ class _Line:
                 "packages": package_versions(),
                 "source": models.fingerprint(self.source, weights=self.recipe.weights, seed=self.recipe.seed),
                 "opset": self.recipe.export.opset,
+                "compared_on": self.recipe.data.evaluation,
             }
         )
 
@@ -206,8 +207,15 @@ class _Line:
 
     def make_export(self, working: Path) -> None:
         recipe = self.recipe
-        exported = export_source(self.source, weights=recipe.weights, seed=recipe.seed, opset=recipe.export.opset)
-        self.exported_model = exported.model
+        if self.source.kind == "onnx":
+            exported = import_onnx(self.source)
+        else:
+            torch_model = models.load_torch(self.source, weights=recipe.weights, seed=recipe.seed)
+            exported = export(torch_model, opset=recipe.export.opset)
+        self.meta, self.exported_model = exported, exported.model
+        if self.source.kind != "onnx" and self.dataset is not None:
+            self.on_status("export: comparing with PyTorch on evaluation data")
+            self.meta = exported = compare_on(exported, torch_model, self.samples[:1])
         write_onnx(exported.model, working / "model.onnx")
         (working / "meta.json").write_text(json.dumps(exported.to_meta()), encoding="utf-8")
 
@@ -275,7 +283,7 @@ class _Line:
                 session,
                 dataset,
                 data=f"{dataset.name} ({dataset.kind})",
-                on_batch=lambda count: self.on_status(f"accuracy: {count} samples"),
+                on_batch=lambda count: self.on_status(f"accuracy: {count} of {dataset.len_hint or 'unknown'} samples"),
             )
         (working / "accuracy.json").write_text(dumps(accuracy), encoding="utf-8")
 

@@ -22,7 +22,7 @@ from toolchain import export_check
 from toolchain.data import open_dataset
 from toolchain.errors import ExportFailed
 from toolchain.evaluate import run_reference
-from toolchain.export import BOUNDS, Exported, export, import_onnx
+from toolchain.export import BOUNDS, Exported, compare_on, export, import_onnx
 from toolchain.models import TorchModel, load_torch, resolve
 
 
@@ -325,7 +325,7 @@ def test_opset(tmp_path: Path) -> None:
     assert export(model).opset >= 18
 
 
-def test_samples_of_the_callers_are_compared_too(tmp_path: Path) -> None:
+def test_the_error_on_real_samples_takes_the_place_of_the_drawn_ones(tmp_path: Path) -> None:
     model = _factory(
         tmp_path,
         """
@@ -337,10 +337,12 @@ def test_samples_of_the_callers_are_compared_too(tmp_path: Path) -> None:
             return Net(), torch.rand(2, 3)
         """,
     )
-    exported = export(model, samples=[{"x": np.full((4, 3), 5, np.float32)}])
-    assert exported.torch_error["output"].max_abs < 1e-3
+    exported = export(model)
+    compared = compare_on(exported, model, [{"x": np.zeros((4, 3), np.float32)}])
+    assert compared.torch_error["output"].max_abs == 0  # exp(0) is exact on both sides, exp of the drawn ones is not
+    assert compared.model is exported.model
     with pytest.raises(ExportFailed, match="do not fit the model's inputs: y"):
-        export(model, samples=[{"x": np.zeros((1, 3), np.float32), "y": np.zeros(1)}])
+        compare_on(exported, model, [{"x": np.zeros((1, 3), np.float32), "y": np.zeros(1)}])
 
 
 # --- failures
