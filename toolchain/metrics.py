@@ -50,13 +50,17 @@ def tensor_error(reference: np.ndarray, candidate: np.ndarray) -> TensorError:
     if not agree.all():
         return TensorError(math.inf, math.inf, -math.inf, 0.0, _top1(ref, cand))
     ref_flat, cand_flat = ref[finite], cand[finite]
+    max_abs = float(np.abs(ref_flat - cand_flat).max(initial=0.0))
+    # Everything below is a ratio: scaled to a peak of 1, so that no square leaves float64's range.
+    peak = max(float(np.abs(ref_flat).max(initial=0.0)), float(np.abs(cand_flat).max(initial=0.0))) or 1.0
+    ref_flat, cand_flat = ref_flat / peak, cand_flat / peak
     difference = ref_flat - cand_flat
     signal, noise = float(ref_flat @ ref_flat), float(difference @ difference)
     nmse = 0.0 if noise == 0 else (noise / signal if signal else math.inf)
     sqnr = math.inf if nmse == 0 else (-math.inf if math.isinf(nmse) else -10 * math.log10(nmse))
     norm = math.sqrt(signal) * float(np.linalg.norm(cand_flat))
     cosine = float(ref_flat @ cand_flat) / norm if norm else (1.0 if noise == 0 else 0.0)
-    return TensorError(float(np.abs(difference).max(initial=0.0)), nmse, sqnr, cosine, _top1(ref, cand))
+    return TensorError(max_abs, nmse, sqnr, cosine, _top1(ref, cand))
 
 
 def _top1(reference: np.ndarray, candidate: np.ndarray) -> float | None:

@@ -57,6 +57,14 @@ def test_scalars_empty_integers_and_bools(array: np.ndarray) -> None:
     assert error.top1_agreement is None
 
 
+@pytest.mark.parametrize("unit", [1e-300, 1e-30, 1.0, 1e300])
+def test_the_unit_does_not_matter(unit: float) -> None:
+    error = tensor_error(np.array([[3.0, 4.0]]) * unit, np.array([[3.0, 3.0]]) * unit)
+    assert error.nmse == pytest.approx(1 / 25)
+    assert error.cosine == pytest.approx((9 + 12) / (5 * math.sqrt(18)))
+    assert error.max_abs == pytest.approx(unit)
+
+
 def test_strings_are_equal_or_not() -> None:
     assert tensor_error(np.array(["a"], object), np.array(["a"], object)).nmse == 0
     assert tensor_error(np.array(["a"], object), np.array(["b"], object)).nmse == math.inf
