@@ -340,7 +340,7 @@ class _Line:
 
     @functools.cached_property
     def samples(self) -> list[Feeds]:
-        """The first evaluation samples, or seeded ones of batch 1, 2, 1, 2, so that the batch is not always one."""
+        """The first evaluation samples, or seeded ones of batch 1, 2, 1, ..., so that the batch is not always one."""
         count = self.recipe.verify.samples
         if self.dataset is not None:
             return [batch.inputs for batch in itertools.islice(self.dataset, count)]

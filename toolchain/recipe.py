@@ -65,7 +65,7 @@ class Data(_Section):
 class Verify(_Section):
     """How far the artifact may be from the exported model."""
 
-    samples: Annotated[int, pydantic.Field(ge=1)] = 4
+    samples: Annotated[int, pydantic.Field(ge=1)] = 2
     max_nmse: Annotated[float, pydantic.Field(ge=0)] | None = None
 
 
@@ -307,7 +307,7 @@ data:
 
 verify:
   # Inputs on which the artifact is compared with the exported model
-  samples: 4
+  samples: 2
   # Largest normalised mean squared error of any output; null is the bound of the precision
   max_nmse: null
 
