@@ -63,8 +63,7 @@ def _run(job: dict[str, Any]) -> None:
         started = time.perf_counter()
         session.run(feeds[0])
         first_ms = (time.perf_counter() - started) * 1e3
-        _say({"progress": f"batch {batch}: first run {first_ms:.1f} ms"})
-        samples = _repeat(session, feeds[0], plan)
+        samples = _repeat(session, feeds[0], plan, f"benchmark: batch {batch}, first run {first_ms:.1f} ms")
         _say(
             {
                 "batch": batch,
@@ -79,16 +78,20 @@ def _run(job: dict[str, Any]) -> None:
         )
 
 
-def _repeat(session: runtimes.Session, feeds: dict[str, Any], plan: dict[str, Any]) -> list[float]:
+def _repeat(session: runtimes.Session, feeds: dict[str, Any], plan: dict[str, Any], text: str) -> list[float]:
     for _ in range(plan["warmup"]):
         session.run(feeds)
     samples: list[float] = []
-    begun = time.perf_counter()
+    begun = told = time.perf_counter()
     while True:
         started = time.perf_counter()
         session.run(feeds)
         ended = time.perf_counter()
         samples.append((ended - started) * 1e3)
+        if ended - told > 0.5:
+            told = ended
+            by_time = (ended - begun) / plan["duration_s"] if plan["duration_s"] else 1.0
+            _say({"progress": text, "share": min(by_time, len(samples) / plan["count"], 1.0)})
         if ended - begun >= plan["duration_s"] and len(samples) >= plan["count"]:
             return samples
 

@@ -13,7 +13,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from runtimes import Error
 from toolchain.machine import cpu_model, package_versions, usable_cores
+from toolchain.progress import Status, silent
 
 #: An interquartile range beyond this share of the median says that the machine was busy with something else.
 MAX_SPREAD = 0.25
@@ -188,7 +189,7 @@ def summarise(
     )
 
 
-def benchmark(subject: Subject, plan: Plan, *, on_progress: Callable[[str], None] = lambda text: None) -> BenchReport:
+def benchmark(subject: Subject, plan: Plan, *, on_status: Status = silent) -> BenchReport:
     """Measures one subject, a process for every number of threads.
 
     Raises:
@@ -198,7 +199,7 @@ def benchmark(subject: Subject, plan: Plan, *, on_progress: Callable[[str], None
     info: dict[str, str] = {}
     target, digest = "", None
     for threads in plan.threads:
-        answers = _measure([subject], plan, threads, interleave=False, on_progress=on_progress)
+        answers = _measure([subject], plan, threads, interleave=False, on_status=on_status)
         for answer in answers:
             info, target, digest = answer["info"], answer["target"], answer["digest"]
             rows.append(
@@ -218,9 +219,7 @@ def benchmark(subject: Subject, plan: Plan, *, on_progress: Callable[[str], None
     )  # fmt: skip
 
 
-def compare_latency(
-    a: Subject, b: Subject, plan: Plan, *, on_progress: Callable[[str], None] = lambda text: None
-) -> list[Comparison]:
+def compare_latency(a: Subject, b: Subject, plan: Plan, *, on_status: Status = silent) -> list[Comparison]:
     """Measures two subjects A B A B in one process, so that what disturbs the machine disturbs both.
 
     Raises:
@@ -228,7 +227,7 @@ def compare_latency(
     """
     found = []
     for threads in plan.threads:
-        for answer in _measure([a, b], plan, threads, interleave=True, on_progress=on_progress):
+        for answer in _measure([a, b], plan, threads, interleave=True, on_status=on_status):
             blocks_a, blocks_b = (np.asarray(side) for side in answer["blocks_ms"])
             ratios = blocks_a / blocks_b
             low, middle, high = np.percentile(ratios, [10, 50, 90])
@@ -247,7 +246,7 @@ def _measure(
     threads: int,
     *,
     interleave: bool,
-    on_progress: Callable[[str], None],
+    on_status: Status,
 ) -> list[dict[str, Any]]:
     job = {
         "subjects": [dataclasses.asdict(s) for s in subjects],
@@ -272,7 +271,7 @@ def _measure(
             if "error" in answer:
                 failure = answer
             elif "progress" in answer:
-                on_progress(answer["progress"])
+                on_status(answer["progress"], answer["share"])
             else:
                 answers.append(answer)
         child.wait()

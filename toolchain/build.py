@@ -32,6 +32,7 @@ from toolchain.export import Exported, compare_on, export, import_onnx
 from toolchain.machine import cpu_model, package_versions, this_machine, usable_cores
 from toolchain.onnx_file import write_onnx
 from toolchain.optimize import PassReport, optimize
+from toolchain.progress import Status, silent
 from toolchain.recipe import Recipe, dump
 from toolchain.render import html
 from toolchain.report import BuildReport, StageReport, VariantReport, dumps, from_json, to_json
@@ -64,7 +65,7 @@ def build(
     *,
     cache: Cache,
     debugging: Debugging | None = None,
-    on_status: Callable[[str], None] = lambda text: None,
+    on_status: Status = silent,
 ) -> Built:
     """Builds the recipe: export, optimize, then compile, verify and benchmark for each target, then pack.
 
@@ -120,7 +121,7 @@ class _Line:
         recipe: Recipe,
         cache: Cache,
         debugging: Debugging,
-        on_status: Callable[[str], None],
+        on_status: Status,
         held: contextlib.ExitStack,
     ) -> None:
         self.recipe = recipe
@@ -226,7 +227,7 @@ class _Line:
             self.recipe.pipeline(),
             verify_on=self.samples[:2] if self.debugging.verify_each else (),
             dump_dir=self.debugging.dump_dir,
-            on_step=lambda name: self.on_status(f"optimize: {name}"),
+            on_status=self.on_status,
         )
         self.optimized_model = model
         write_onnx(model, working / "model.onnx")
@@ -283,7 +284,8 @@ class _Line:
                 session,
                 dataset,
                 data=f"{dataset.name} ({dataset.kind})",
-                on_batch=lambda count: self.on_status(f"accuracy: {count} of {dataset.len_hint or 'unknown'} samples"),
+                total=dataset.len_hint,
+                on_status=self.on_status,
             )
         (working / "accuracy.json").write_text(dumps(accuracy), encoding="utf-8")
 
@@ -299,7 +301,7 @@ class _Line:
             seed=self.recipe.seed,
         )
         subject = Subject(str(self.paths["compile"]), compiled=True, options=variant.session_options)
-        report = benchmark(subject, plan, on_progress=lambda text: self.on_status(f"benchmark: {text}"))
+        report = benchmark(subject, plan, on_status=self.on_status)
         # the folder that was measured is the cache's; the artifact says which of its variants that is
         report = dataclasses.replace(report, subject=variant.name)
         (working / "benchmark.json").write_text(dumps(report), encoding="utf-8")

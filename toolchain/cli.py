@@ -188,7 +188,7 @@ def optimize(
             verify_on=samples,
             dump_dir=dump_dir,
             stop_after=stop_after,
-            on_step=on_status,
+            on_status=on_status,
         )
     if output is not None:
         write_onnx(graph, output)
@@ -302,13 +302,13 @@ def bench(
     subject = Subject(path, target=target, variant=variant)
     with console.status("benchmark") as on_status:
         if vs is not None:
-            found = compare_latency(subject, Subject(vs, target=target), plan, on_progress=on_status)
+            found = compare_latency(subject, Subject(vs, target=target), plan, on_status=on_status)
             if json:
                 console.print_json({"a": path, "b": vs, "comparisons": found})
             else:
                 console.out.print(comparison_table(found, path, vs))
             return
-        report = benchmark(subject, plan, on_progress=on_status)
+        report = benchmark(subject, plan, on_status=on_status)
     if json:
         console.print_json(report)
         return

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
 from runtimes import Error
+from toolchain.progress import Status, silent
 from toolchain.report import dumps
 from toolchain.storage import REASONS
 
@@ -22,13 +24,22 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
-def status(text: str) -> Iterator[Callable[[str], None]]:
-    """A spinner with a text that can be changed; silent where standard error is not a terminal."""
+def status(text: str) -> Iterator[Status]:
+    """A spinner with a text, and a bar while the share that is done is known. Silent where standard error is no
+    terminal, gone when the block ends."""
     if not err.is_terminal:
-        yield lambda text: None
+        yield silent
         return
-    with err.status(Text(text)) as spinner:
-        yield lambda text: spinner.update(Text(text))
+    bar = BarColumn(bar_width=30)
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), bar, console=err, transient=True
+    ) as shown:
+        task = shown.add_task(text, total=None)
+
+        def update(text: str, share: float | None = None) -> None:
+            shown.update(task, description=text, total=None if share is None else 1.0, completed=share or 0.0)
+
+        yield update
 
 
 def print_json(value: Any) -> None:

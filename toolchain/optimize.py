@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from toolchain.errors import GraphError
 from toolchain.evaluate import Feeds, run_reference
 from toolchain.metrics import tensor_error
 from toolchain.onnx_file import write_onnx
+from toolchain.progress import Status, silent
 from toolchain.recipe import PassStep
 from toolchain.storage import reported
 
@@ -62,7 +63,7 @@ def optimize(
     verify_on: Sequence[Feeds] = (),
     dump_dir: Path | None = None,
     stop_after: str | None = None,
-    on_step: Callable[[str], None] = lambda name: None,
+    on_status: Status = silent,
 ) -> tuple[PassReport, ...]:
     """Runs ``steps`` on the model, in place.
 
@@ -71,7 +72,7 @@ def optimize(
             changed the graph; empty compares nothing.
         dump_dir: writes ``NN_pass.onnx`` after every pass, ``00_input.onnx`` first.
         stop_after: ends after the last pass of this name.
-        on_step: is called with the pass's name before it runs.
+        on_status: is called before every pass.
 
     Raises:
         GraphError: a pass failed, left an invalid graph, or changed what the model computes; it names the pass.
@@ -89,7 +90,7 @@ def optimize(
     reports: list[PassReport] = []
     last = max((i for i, step in enumerate(steps) if step.name == stop_after), default=len(steps) - 1)
     for number, step in enumerate(steps[: last + 1], start=1):
-        on_step(step.name)
+        on_status(f"optimize: {step.name}", (number - 1) / (last + 1))
         report = _run_pass(model, step)
         if report.changed:
             _check_after(model, step.name)

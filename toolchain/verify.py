@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +14,7 @@ from toolchain.data import Batch
 from toolchain.errors import DataError, FidelityError
 from toolchain.evaluate import Feeds, reference_session
 from toolchain.metrics import TensorError, tensor_error
+from toolchain.progress import Status, silent
 
 #: Largest normalised MSE of any output that an artifact of this precision may have: 80 dB for float32,
 #: four orders above what reordered float32 sums were measured to give on the zoo.
@@ -162,7 +163,8 @@ def measure_accuracy(
     batches: Iterable[Batch],
     *,
     data: str,
-    on_batch: Callable[[int], None] = lambda count: None,
+    total: int | None = None,
+    on_status: Status = silent,
 ) -> Accuracy:
     """Top-1 and top-5 of both on the same labelled samples, from the first output with two axes.
 
@@ -191,7 +193,7 @@ def measure_accuracy(
             hits[2 * side + 1] += int((rank < 5).sum())
         same += int((logits[0].argmax(axis=1) == logits[1].argmax(axis=1)).sum())
         count += len(batch.labels)
-        on_batch(count)
+        on_status(f"accuracy: {count} samples", count / total if total else None)
     if not count:
         raise DataError("no sample to measure accuracy on", where=data)
     top1, top5, reference_top1, reference_top5 = (float(h) / count for h in hits)

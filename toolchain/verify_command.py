@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import runtimes
@@ -14,6 +13,7 @@ from toolchain.errors import FidelityError
 from toolchain.evaluate import class_count, input_specs, reference_session
 from toolchain.onnx_file import read_onnx
 from toolchain.preprocessing import ImagePreprocessing
+from toolchain.progress import Status
 from toolchain.seeded import seeded_inputs
 from toolchain.verify import BOUNDS, Accuracy, Fidelity, LayerError, compare, compare_layers, measure_accuracy
 
@@ -51,7 +51,7 @@ def verify_path(
     max_nmse: float | None,
     layers: bool,
     seed: int,
-    on_status: Callable[[str], None],
+    on_status: Status,
 ) -> Verification:
     """Compares an artifact's variant with the exported model in it, or an .onnx with ``against``.
 
@@ -94,7 +94,8 @@ def verify_path(
                     session,
                     dataset,
                     data=dataset.name,
-                    on_batch=lambda n: on_status(f"accuracy: {n} samples"),
+                    total=dataset.len_hint,
+                    on_status=on_status,
                 )
     compared: list[LayerError] = []
     if layers and model_file is not None:

@@ -1,0 +1,93 @@
+"""How much each quantised layer hurts, from one forward pass for all of them.
+
+Every layer of the quantised graph is run on the *float* model's activations, so what comes out differs from the
+float layer's output by this layer's own rounding and nothing else. Noise of independent layers adds up, so the
+ratio of that noise to the signal ranks the layers by what they add to the final error; measured against the exact
+way (quantise one layer alone, run the whole model, once for each layer) in ``benchmarks/quantization.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import onnx_ir as ir
+
+from passes.base import label
+from toolchain.evaluate import Feeds, reference_session, with_outputs
+from toolchain.metrics import tensor_error
+
+#: Appended to the name of a value where the quantised graph is fed the float model's.
+_FLOAT = "__float"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerSensitivity:
+    """One layer's own rounding noise.
+
+    Attributes:
+        node: as ``QuantizeInt8.exclude`` takes it.
+        op_type: its operator.
+        nmse: noise over signal of its output, with float inputs; the mean over the samples.
+        parts: the nodes that are quantised into the same kernel or share its output; the node itself first.
+    """
+
+    node: str
+    op_type: str
+    nmse: float
+
+
+def layer_sensitivities(
+    model: ir.Model, quantised: ir.Model, nodes: Iterable[str], samples: Sequence[Feeds]
+) -> list[LayerSensitivity]:
+    """Ranks the quantised nodes, the worst first.
+
+    Args:
+        model: the float graph that ``quantised`` was made from.
+        quantised: with Q/DQ; its float values keep the names that they have in ``model``.
+        nodes: the names of the nodes to rank, from ``passes.quantize_int8.quantizable``.
+        samples: inputs; memory is that of all activations of one sample, so keep its batch small.
+    """
+    wanted = set(nodes)
+    outputs = {
+        label(node): node.outputs[0].name
+        for node in model.graph
+        if label(node) in wanted and node.outputs and node.outputs[0].name
+    }
+    cut, fed = _cut(quantised, {value.name for node in model.graph for value in node.outputs})
+    produced = {value.name for node in cut.graph for value in node.outputs}
+    compared = {node: name for node, name in outputs.items() if name in produced}
+    kinds = {label(node): node.op_type for node in model.graph}
+    total = dict.fromkeys(compared, 0.0)
+    names = sorted(set(compared.values()))
+    with (
+        reference_session(model, extra_outputs=sorted({*names, *fed})) as float_session,
+        reference_session(with_outputs(cut, names)) as cut_session,
+    ):
+        for sample in samples:
+            expected = float_session.run(sample)
+            feeds = {name + _FLOAT: expected[name] for name in fed}
+            used = {spec.name for spec in cut_session.inputs}
+            got = cut_session.run({**{k: v for k, v in sample.items() if k in used}, **feeds})
+            for node, name in compared.items():
+                total[node] += tensor_error(expected[name], got[name]).nmse / len(samples)
+    ranked = [LayerSensitivity(node, kinds[node], nmse) for node, nmse in total.items()]
+    return sorted(ranked, key=lambda layer: -layer.nmse)
+
+
+def _cut(quantised: ir.Model, float_names: set[str | None]) -> tuple[ir.Model, list[str]]:
+    """The quantised graph with every QuantizeLinear reading a new input in place of the layer before it."""
+    copy = quantised.clone()
+    inputs: dict[str, ir.Value] = {}
+    for node in list(copy.graph):
+        if node.op_type != "QuantizeLinear":
+            continue
+        value = node.inputs[0]
+        if value is None or value.producer() is None or value.name not in float_names:
+            continue
+        assert value.name is not None
+        if value.name not in inputs:
+            inputs[value.name] = ir.Value(name=value.name + _FLOAT, type=value.type, shape=value.shape)
+        node.replace_input_with(0, inputs[value.name])
+    copy.graph.inputs.extend(inputs.values())
+    return copy, list(inputs)
