@@ -41,12 +41,19 @@ class Calibration:
     Attributes:
         graph: digest of the graph that they belong to.
         samples: how many samples (batch entries) were seen.
-        ranges: for each value name of the main graph (inputs and node outputs of float type) its range.
+        ranges: for each value name of the main graph (inputs and node outputs of float type) its range. A value
+            that only a Relu or a Clip reads has the range of what comes out of that.
+        channel_amax: where it was asked for, for inputs of Gemm and MatMul the largest absolute value of every
+            channel, float64 [channels of the last axis].
+        channel_mean: where it was asked for, for outputs of Conv, ConvTranspose, Gemm and MatMul the mean of every
+            output channel, float64 [channels].
     """
 
     graph: str
     samples: int
     ranges: Mapping[str, TensorRange]
+    channel_amax: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    channel_mean: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,6 +71,12 @@ def affine_u8(low: float, high: float) -> Affine:
         return Affine(1.0, 0)
     scale = float(np.float32((high - low) / 255))
     return Affine(scale, int(np.clip(np.rint(-low / scale), 0, 255)))
+
+
+def affine_s8(low: float, high: float) -> Affine:
+    """Asymmetric, -128..127: ``affine_u8`` with everything 128 lower."""
+    unsigned = affine_u8(low, high)
+    return Affine(unsigned.scale, unsigned.zero_point - 128)
 
 
 def symmetric_s8(amax: float) -> Affine:

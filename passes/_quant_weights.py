@@ -1,0 +1,123 @@
+"""Weights as signed 8-bit integers: scales for each output channel, rounding, and a memory of both.
+
+Symmetric, ``weight = scale * quantised`` with quantised in -127..127 and no zero-point: integer kernels need no
+correction for it. A search for the layers that hurt accuracy quantises one model many times with other layers
+left out; its clones share their tensors, so what was made of a tensor is kept for as long as the tensor lives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+
+import numpy as np
+import onnx_ir as ir
+
+#: int32 holds a bias up to this many of its scale, with room for the sum that it is added to
+_BIAS_STEPS = 2.0**30
+#: elements that are searched at once: a few arrays of this size fit the second level cache
+_CHUNK = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A weight as integers.
+
+    Attributes:
+        values: int8, the shape of the weight, -127..127.
+        scale: float32 [channels], or [] where one scale holds for all; > 0.
+        axis: the axis of the channels; None where one scale holds for all.
+    """
+
+    values: np.ndarray
+    scale: np.ndarray
+    axis: int | None
+
+
+_made: weakref.WeakKeyDictionary[object, dict[tuple[int | None, str, float], QuantizedWeight]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def quantize_weight(
+    tensor: ir.TensorProtocol, axis: int | None, *, method: str, factor: float = 1.0
+) -> QuantizedWeight:
+    """Quantises a constant tensor.
+
+    Args:
+        tensor: float32, any shape.
+        axis: a scale for each index of this axis; None for one scale.
+        method: "amax" covers the largest magnitude, "mse" searches the clipping of least squared error.
+        factor: is multiplied in first.
+    """
+    known = _made.setdefault(tensor, {})
+    key = (axis, method, factor)
+    if key not in known:
+        data = tensor.numpy()
+        known[key] = quantize_array(data if factor == 1 else data * np.float32(factor), axis, method=method)
+    return known[key]
+
+
+def quantize_array(
+    weight: np.ndarray, axis: int | None, *, method: str, floor: np.ndarray | None = None
+) -> QuantizedWeight:
+    """``quantize_weight`` of an array; ``floor`` (float64 [channels]) is the least that each scale may be."""
+    rows = _rows(weight, axis)
+    amax = np.maximum(rows.max(axis=1, initial=0), -rows.min(axis=1, initial=0)).astype(np.float64)
+    if method == "mse":
+        amax = amax * _best_clipping(rows, amax)
+    scale = amax / 127
+    if floor is not None:
+        scale = np.maximum(scale, floor)
+    # A channel of zeros takes any scale; below the normal numbers a quotient would overflow.
+    scale = np.where(scale < np.finfo(np.float32).tiny, 1.0, scale).astype(np.float32)
+    shape = [1] * weight.ndim
+    if axis is not None:
+        shape[axis] = -1
+    divided = weight / scale.reshape(shape)
+    np.rint(divided, out=divided)
+    np.clip(divided, -127, 127, out=divided)
+    return QuantizedWeight(divided.astype(np.int8), scale if axis is not None else scale.reshape(()), axis)
+
+
+def bias_scale_floor(bias: np.ndarray, input_scale: float) -> np.ndarray:
+    """The least weight scales, float64 [channels], with which the bias fits int32 at ``input_scale * scale``."""
+    return np.abs(bias.astype(np.float64)) / (_BIAS_STEPS * input_scale)
+
+
+def _rows(weight: np.ndarray, axis: int | None) -> np.ndarray:
+    if axis is None:
+        return weight.reshape(1, -1)
+    return np.ascontiguousarray(np.moveaxis(weight, axis, 0)).reshape(weight.shape[axis], -1)
+
+
+def _best_clipping(rows: np.ndarray, amax: np.ndarray) -> np.ndarray:
+    """For each row the share of its amax that, taken as the range, gives the least squared error.
+
+    The error over the share is close to one valley: a coarse grid, then a fine one around its best.
+    """
+    best = np.ones(len(rows))
+    step = max(1, _CHUNK // max(1, rows.shape[1]))
+    for start in range(0, len(rows), step):
+        chunk, top = rows[start : start + step], amax[start : start + step]
+        share, error = np.ones(len(chunk)), _squared_error(chunk, top)
+        for width in (0.08, 0.02):
+            centre = share
+            for offset in (-3, -2, -1, 1, 2, 3) if width < 0.08 else (-6, -5, -4, -3, -2, -1):
+                tried = np.clip(centre + offset * width, 0.4, 1.0)
+                found = _squared_error(chunk, top * tried)
+                better = found < error
+                share, error = np.where(better, tried, share), np.where(better, found, error)
+        best[start : start + step] = share
+    return best
+
+
+def _squared_error(rows: np.ndarray, amax: np.ndarray) -> np.ndarray:
+    scale = np.where(amax > 0, amax / 127, 1.0).astype(np.float32)[:, None]
+    rounded = rows / scale
+    np.rint(rounded, out=rounded)
+    np.clip(rounded, -127, 127, out=rounded)
+    rounded *= scale
+    rounded -= rows
+    error: np.ndarray = np.einsum("ij,ij->i", rounded, rounded)
+    return error
