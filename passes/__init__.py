@@ -22,6 +22,7 @@ from typing import Any
 from passes.base import Declined, InvalidOption, Outcome, Pass, PassFailed, UnknownPass
 from passes.eliminate_dead_code import EliminateDeadCode
 from passes.eliminate_noops import EliminateNoops
+from passes.equalize_layers import EqualizeLayers
 from passes.fold_constants import FoldConstants
 from passes.freeze_initializers import FreezeInitializers
 from passes.fuse_conv_bn import FuseConvBn
@@ -50,6 +51,7 @@ PASSES: Mapping[str, type[Pass]] = types.MappingProxyType(
     {
         "eliminate_dead_code": EliminateDeadCode,
         "eliminate_noops": EliminateNoops,
+        "equalize_layers": EqualizeLayers,
         "fold_constants": FoldConstants,
         "freeze_initializers": FreezeInitializers,
         "fuse_conv_bn": FuseConvBn,
