@@ -8,6 +8,7 @@
     ├── ExportFailed            PyTorch to ONNX did not work
     ├── GraphError              the graph is invalid, or a pass broke it
     ├── DataError               samples that cannot be read or do not fit the model
+    ├── CalibrationError        ranges cannot be found, read, or do not belong to the graph
     ├── FidelityError           the candidate is further from the reference than its bound allows
     ├── RecipeError             a key, type or value in a recipe
     └── StorageError            the disk: full, read-only, not there
@@ -34,6 +35,10 @@ class GraphError(Error):
 
 class DataError(Error):
     """Samples that cannot be read or do not fit the model."""
+
+
+class CalibrationError(Error):
+    """Ranges cannot be found or read, or do not belong to the graph."""
 
 
 class FidelityError(Error):

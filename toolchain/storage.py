@@ -39,11 +39,16 @@ def reported(path: Path, what: str, *, hint: str = "free some space or write els
 
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file whole or not at all. Raises StorageError."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file whole or not at all. Raises StorageError."""
     working = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with reported(path, path.name):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            working.write_text(text, encoding="utf-8")
+            working.write_bytes(content)
             working.replace(path)
         finally:
             working.unlink(missing_ok=True)
