@@ -141,8 +141,10 @@ def require_match(calibration: Calibration, model: ir.Model, *, where: str | Non
 
 
 def _line(range_: TensorRange) -> str:
+    # nine digits tell any two float32 apart
+    numbers = {key: float(f"{getattr(range_, key):.9g}") for key in _NUMBERS}
     return json.dumps(
-        {**{key: getattr(range_, key) for key in _NUMBERS}, "method": range_.method},
+        {**numbers, "method": range_.method},
         allow_nan=False,
         ensure_ascii=False,
     )

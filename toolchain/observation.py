@@ -7,10 +7,11 @@ Looking costs a pass over the value's elements, and keeps the runtime from fusin
   nothing either: ONNX Runtime computes both in one kernel.)
 * What only moves or chooses elements (Reshape, Transpose, MaxPool, a Pad with zeros ...) has the range of what goes in.
 * What Concat joins has the distributions of its inputs, added up.
+* What a layer hands to a BatchNormalization alone is fused away before anything is quantised.
 * What only leads into a Softmax (scores plus a mask of minus infinity) is quantised by nobody, the product that
   makes the scores aside.
 
-On EfficientNet-Lite0 that leaves 60 of 95 values, on ResNet-50 70 of 123.
+On EfficientNet-Lite0 that leaves 61 of 95 values.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def plan(model: ir.Model, *, channels: bool = False) -> Plan:
     order = [v for v in graph.inputs if not v.is_initializer()]
     order += [v for node in graph for v in node.outputs]
     candidates = {v: None for v in order if v.name and v.dtype in FLOATS and v not in scores and constant(v) is None}
-    wanted = {_carrier(v, candidates) for v in candidates if _near_quantisable(v)}
+    wanted = {_carrier(v, candidates) for v in candidates if _near_quantisable(v) and not _before_normalisation(v)}
     joined = {
         v: parts
         for v in candidates
@@ -185,6 +186,11 @@ def _near_quantisable(value: ir.Value) -> bool:
     return (producer is not None and is_op(producer, *_QUANTISABLE)) or any(
         is_op(use.node, *_QUANTISABLE) for use in value.uses()
     )
+
+
+def _before_normalisation(value: ir.Value) -> bool:
+    reader = only_use(value)
+    return is_op(value.producer(), *_LINEAR) and is_op(reader, "BatchNormalization")
 
 
 def _carrier(value: ir.Value, candidates: Mapping[ir.Value, None]) -> ir.Value:
