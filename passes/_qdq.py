@@ -89,6 +89,10 @@ class _Writer:
                 remove(producer)
         for value in self.replaced:
             self._drop_constant(value)
+        if self.plan.shield:
+            for node in list(self.graph):
+                if is_op(node, "Conv", "ConvTranspose", "Gemm") and node not in self.plan.layers:
+                    self._shield(node)
 
     def _parameters(self, value: ir.Value) -> tuple[Affine, ir.Value, ir.Value]:
         group = self.plan.groups.of(value)
@@ -287,6 +291,19 @@ class _Writer:
         self.graph.insert_before(before, node)
         return value
 
+    def _shield(self, node: ir.Node) -> None:
+        """Puts a Max of one input between a float layer and the DequantizeLinear before it."""
+        source = _input(node, 0)
+        # Wherever the output goes: the runtime moves QuantizeLinear up to it, through MaxPool or Transpose.
+        if not is_op(source.producer(), "DequantizeLinear"):
+            return
+        same = ir.Node("", "Max", [source], name=self.names.fresh(f"{source.name}_as_float"))
+        value = same.outputs[0]
+        value.name, value.type = self.names.fresh(f"{source.name}_as_float"), source.type
+        value.shape = source.shape.copy() if source.shape is not None else None
+        self.graph.insert_before(node, same)
+        node.replace_input_with(0, value)
+
     def _drop_constant(self, value: ir.Value) -> None:
         """Takes a float constant out of the graph that nobody reads any more."""
         if value.uses() or value.is_graph_output() or value.is_graph_input():
@@ -295,8 +312,8 @@ class _Writer:
         if producer is not None:
             if producer.graph is not None:
                 remove(producer)
-        elif value.name in self.graph.initializers:
-            del self.graph.initializers[value.name]
+        else:
+            self.graph.initializers.pop(str(value.name), None)
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:

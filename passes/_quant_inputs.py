@@ -1,7 +1,7 @@
-"""Where TensorRT and OpenVINO want Q/DQ: on the inputs of what computes in integers, and nowhere else.
+"""Where TensorRT wants Q/DQ: on the inputs of what computes in integers, and nowhere else.
 
-Both move and fuse Q/DQ on their own, and choose the type of an output by who reads it (TensorRT: "Working with
-Quantized Types", Q/DQ placement recommendations; OpenVINO: low precision transformations). So:
+It moves and fuses Q/DQ on its own, and chooses the type of an output by who reads it ("Working with Quantized
+Types" in its documentation, Q/DQ placement recommendations). So:
 
 * Conv, ConvTranspose, Gemm and MatMul read dequantised values on all inputs; their bias stays float.
 * Of a residual Add, only the branch that does not come straight from a convolution is quantised: the other one
@@ -45,7 +45,7 @@ _POOLING = ("AveragePool", "GlobalAveragePool")
 
 
 def plan(graph: ir.Graph, range_of: RangeOf, exclude: frozenset[str]) -> Plan:
-    """Decides for the dialects of TensorRT and OpenVINO."""
+    """Decides where Q/DQ goes."""
     made = Plan()
     _Planner(graph, range_of, exclude, made).run()
     return made

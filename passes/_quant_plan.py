@@ -117,6 +117,7 @@ class Plan:
     Attributes:
         layers: get integer weights.
         integer_bias: the bias becomes int32 at the scale of the product.
+        shield: float layers between Q/DQ are kept from a runtime that would quantise them itself.
         others: further nodes that compute on integers (Add, pooling, Concat ...).
         edges: these inputs (node, index) read the dequantised value instead.
         sources: values of which every reader reads the dequantised value.
@@ -128,6 +129,7 @@ class Plan:
 
     layers: dict[ir.Node, Layer] = dataclasses.field(default_factory=dict)
     integer_bias: bool = False
+    shield: bool = False
     others: list[ir.Node] = dataclasses.field(default_factory=list)
     edges: list[tuple[ir.Node, int]] = dataclasses.field(default_factory=list)
     sources: list[ir.Value] = dataclasses.field(default_factory=list)
@@ -226,7 +228,7 @@ def _gemm(node: ir.Node, weight: ir.Value | None, bias: np.ndarray | None) -> La
     axis = 0 if transposed else 1
     tensor = constant(weight)
     assert tensor is not None
-    channels = tensor.shape[axis]
+    channels = tensor.numpy().shape[axis]
     if bias is not None:
         if bias.size not in (1, channels) or bias.shape[-1:] not in ((), (1,), (channels,)):
             raise Decline("its C differs from row to row")
@@ -268,4 +270,3 @@ def zero_pad(node: ir.Node) -> bool:
         return True
     value = given(node, 2)
     return value is None or scalar(value) == 0
-

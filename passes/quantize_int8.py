@@ -12,8 +12,8 @@ where q and dq go, is the dialect's:
 dialect    activations         q and dq                                     bias
 ========== =================== ============================================ ======================
 ort-cpu    uint8, asymmetric   inputs and output (``_quant_outputs.py``)    int32, scale s_x * s_w
+openvino   uint8, asymmetric   inputs and output, ConvTranspose too         int32, scale s_x * s_w
 tensorrt   int8, symmetric     inputs, of an Add one (``_quant_inputs.py``) float32
-openvino   uint8, asymmetric   inputs, of an Add one                        float32
 ========== =================== ============================================ ======================
 
 A graph in one dialect does not run well on the runtime of another, or not at all: so it is quantised last, from
@@ -168,11 +168,15 @@ def _plan(
     range_named: Callable[[str], TensorRange | None],
     exclude: tuple[str, ...],
 ) -> Plan:
-    if dialect != "ort-cpu":
+    if dialect == "tensorrt":
         return _quant_inputs.plan(model.graph, lambda value: range_named(str(value.name)), frozenset(exclude))
     same = _quant_outputs.prepare(model, names)
     return _quant_outputs.plan(
-        model.graph, lambda value: range_named(same.get(str(value.name), str(value.name))), frozenset(exclude)
+        model.graph,
+        lambda value: range_named(same.get(str(value.name), str(value.name))),
+        frozenset(exclude),
+        kernels=frozenset(LAYERS) - (frozenset({"ConvTranspose"}) if dialect == "ort-cpu" else frozenset()),
+        shield=dialect == "ort-cpu",
     )
 
 
