@@ -28,6 +28,7 @@ from passes.freeze_initializers import FreezeInitializers
 from passes.fuse_conv_bn import FuseConvBn
 from passes.fuse_hard_sigmoid import FuseHardSigmoid
 from passes.fuse_pad import FusePad
+from passes.quantize_int8 import QuantizeInt8
 from passes.simplify import Simplify
 from passes.strip_metadata import StripMetadata
 
@@ -57,6 +58,7 @@ PASSES: Mapping[str, type[Pass]] = types.MappingProxyType(
         "fuse_conv_bn": FuseConvBn,
         "fuse_hard_sigmoid": FuseHardSigmoid,
         "fuse_pad": FusePad,
+        "quantize_int8": QuantizeInt8,
         "simplify": Simplify,
         "strip_metadata": StripMetadata,
     }
