@@ -12,175 +12,32 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import io
-import json
+import dataclasses
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx_ir as ir
 
 import runtimes
 from passes._quant import Calibration, TensorRange
+from passes._shapes import infer_shapes
+from passes.base import PassFailed
+from runtimes._inputs import InputCheck
 from toolchain.calibration_file import Mismatch, match, read, require_match, write
-from toolchain.clipping import METHODS, PERCENTILE, Method, tensor_range
-from toolchain.errors import CalibrationError, DataError
+from toolchain.clipping import METHODS, PERCENTILE, Method
+from toolchain.errors import CalibrationError, DataError, GraphError
 from toolchain.evaluate import Feeds, with_outputs
-from toolchain.histogram import Distribution, Histograms, NonFinite, joined
+from toolchain.histogram import NonFinite
 from toolchain.observation import Plan, plan
+from toolchain.observed import SAMPLED, Observed, check_method
 from toolchain.onnx_file import read_onnx, temporary_onnx
 from toolchain.samples import Batch
-from toolchain.storage import write_bytes
 
-#: elements of a tensor that go into its histogram for each sample
-SAMPLED = 2048
 #: elements of all observed tensors that one run may give (16 MB in float32): more does not go faster, and is memory
 _RUN_ELEMENTS = 4_000_000
-_FORMAT = {"format": "toolchain-observed", "version": 1}
-
-
-class Observed:
-    """What a pass over samples gathered of a graph.
-
-    Args:
-        graph_plan: what was looked at.
-        sampled: see ``observe``.
-        data: a key of the samples, for resuming; "" where it is not known.
-
-    Attributes:
-        samples: how many were taken in (entries of axis 0 of the inputs).
-    """
-
-    def __init__(self, graph_plan: Plan, *, sampled: int | None = SAMPLED, data: str = "") -> None:
-        self.plan = graph_plan
-        self._index = {name: i for i, name in enumerate(graph_plan.observed)}
-        bounds = {self._index[name]: limits for name, limits in graph_plan.bounds.items()}
-        self._histograms = Histograms(len(self._index), sampled=sampled, bounds=bounds)
-        self._amax: dict[str, np.ndarray] = {}
-        self._sums: dict[str, np.ndarray] = {}
-        self._counts: dict[str, int] = {}
-        # the samples may be read in other batches when a calibration is resumed, but not otherwise
-        self._key = {**_FORMAT, "graph": graph_plan.graph, "sampled": sampled, "data": data}
-        self._key["tensors"] = list(graph_plan.observed)
-        self._key["channels"] = sorted(set(graph_plan.channel_inputs) | set(graph_plan.channel_outputs))
-
-    @property
-    def samples(self) -> int:
-        return self._histograms.samples
-
-    def add(self, values: Mapping[str, np.ndarray], samples: int) -> None:
-        """Takes in one run: every observed value by name, and how many samples they are of.
-
-        Raises:
-            CalibrationError: NaN or infinity; nothing of the run was taken in.
-        """
-        try:
-            self._histograms.add([values[name] for name in self.plan.observed], samples)
-        except NonFinite as error:
-            name = self.plan.observed[error.tensor]
-            first = self.samples + (error.row or 0)
-            last = self.samples + samples - 1 if error.row is None else first
-            what = f"input {name!r}" if name in self.plan.inputs else f"tensor {name!r}"
-            raise CalibrationError(
-                f"{what} holds {'NaN' if error.kind == 'NaN' else 'an infinite value'}",
-                where=f"sample {first}" if first == last else f"one of the samples {first} to {last}",
-                hint="mend or leave out that sample, counted from 0"
-                if name in self.plan.inputs
-                else "run the float model on that sample, counted from 0: its results there mean nothing either",
-            ) from error
-        for name in self.plan.channel_inputs:
-            value = values[name].reshape(-1, values[name].shape[-1])
-            if value.size:
-                amax = np.maximum(value.max(axis=0), -value.min(axis=0)).astype(np.float64)
-                self._amax[name] = np.maximum(self._amax.get(name, 0.0), amax)
-        for name, axis in self.plan.channel_outputs.items():
-            value = np.moveaxis(values[name], axis, -1)
-            if value.size:
-                others = tuple(range(value.ndim - 1))
-                self._sums[name] = self._sums.get(name, 0.0) + value.sum(axis=others, dtype=np.float64)
-                self._counts[name] = self._counts.get(name, 0) + value.size // value.shape[-1]
-
-    def distributions(self) -> Iterator[tuple[str, Distribution]]:
-        """The distribution of every tensor that was looked at and ever had an element."""
-        for name, index in self._index.items():
-            found = self._histograms.distribution(index)
-            if found is not None:
-                yield name, found
-
-    def calibration(self, *, method: Method = "auto", percentile: float = PERCENTILE) -> Calibration:
-        """Derives the ranges; see ``toolchain/clipping.py`` for the methods.
-
-        Args:
-            method: one of METHODS.
-            percentile: percent of the elements that the ``percentile`` method covers, above 50 to 100.
-
-        Raises:
-            CalibrationError: an unknown method or percentile, or no samples were seen.
-        """
-        check_method(method, percentile)
-        if not self.samples:
-            raise CalibrationError(
-                "there are no samples to calibrate on", hint="give at least one; 50 to 500 are usual"
-            )
-        found = dict(self.distributions())
-        ranges = {name: tensor_range(d, method=method, percentile=percentile) for name, d in found.items()}
-        for name, parts in self.plan.joined.items():
-            if all(part in found for part in parts):
-                whole = joined([(found[part], self._histograms.elements(self._index[part])) for part in parts])
-                ranges[name] = tensor_range(whole, method=method, percentile=percentile)
-        ranges |= {name: ranges[carrier] for name, carrier in self.plan.same.items() if carrier in ranges}
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
-        return Calibration(self.plan.graph, self.samples, ranges, dict(self._amax), means)
-
-    def save(self, path: Path) -> None:
-        """Writes everything to an .npz, whole or not at all. Raises StorageError."""
-        arrays: dict[str, Any] = self._histograms.arrays()
-        for kind, held in (("amax", self._amax), ("sum", self._sums)):
-            arrays |= {f"{kind}/{name}": array for name, array in held.items()}
-        arrays |= {f"count/{name}": np.array(count) for name, count in self._counts.items()}
-        arrays["key"] = np.frombuffer(json.dumps(self._key).encode(), np.uint8)
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        write_bytes(path, buffer.getbuffer())
-
-    def restore(self, path: Path) -> None:
-        """Goes on from a file that ``save`` wrote for the same graph, tensors, options and data.
-
-        Raises:
-            CalibrationError: it is not such a file.
-        """
-        hint = "delete it and calibrate from the start"
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                key = json.loads(bytes(archive["key"]))
-                differs = [k for k in self._key if key.get(k) != self._key[k]]
-                if differs:
-                    raise CalibrationError(
-                        f"it was written for another {' and '.join(differs)}", where=str(path), hint=hint
-                    )
-                self._histograms.restore(archive)
-                for name in archive.files:
-                    kind, _, tensor = name.partition("/")
-                    if kind == "amax" and tensor:
-                        self._amax[tensor] = archive[name]
-                    elif kind == "sum" and tensor:
-                        self._sums[tensor] = archive[name]
-                    elif kind == "count" and tensor:
-                        self._counts[tensor] = int(archive[name])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
-            raise CalibrationError(f"cannot go on from this state: {error}", where=str(path), hint=hint) from error
-
-
-def check_method(method: str, percentile: float) -> None:
-    """Raises CalibrationError unless both are allowed."""
-    if method not in METHODS:
-        raise CalibrationError(f"there is no method {method!r}", hint=f"one of {', '.join(METHODS)}")
-    if not 50 < percentile <= 100:
-        raise CalibrationError(f"percentile is {percentile:g}", hint="above 50, at most 100, such as 99.99")
 
 
 def observe(
@@ -224,16 +81,8 @@ def observe(
         session = stack.enter_context(_session(with_outputs(graph, found.plan.outputs)))
         del graph, model  # of a file, this was the only copy of the weights besides the runtime's
         worker = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "observe"))
-        saved = time.monotonic()
         try:
-            for values, count in _runs(session, batches, found):
-                # In a thread of its own it is done to the end, also when Ctrl-C raises here meanwhile.
-                worker.submit(found.add, values, count).result()
-                del values
-                on_progress(found.samples)
-                if state is not None and time.monotonic() - saved >= state_seconds:
-                    found.save(state)
-                    saved = time.monotonic()
+            _gather(session, batches, found, worker, state, state_seconds, on_progress)
         except BaseException:
             worker.shutdown(wait=True)
             if state is not None and found.samples:
@@ -275,7 +124,10 @@ def _typed(model: ir.Model) -> ir.Model:
     if all(value.type is not None for node in model.graph for value in node.outputs if value.name):
         return model
     copy = model.clone()
-    ir.passes.common.ShapeInferencePass()(copy)
+    try:
+        infer_shapes(copy)
+    except PassFailed as error:
+        raise GraphError(f"the types of its values cannot be found: {error}", where=error.node) from error
     return copy
 
 
@@ -287,39 +139,119 @@ def _session(model: ir.Model) -> Iterator[runtimes.Session]:
             yield session
 
 
-def _runs(
-    session: runtimes.Session, batches: Iterable[Batch | Mapping[str, Any]], found: Observed
-) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """Runs the model over the batches in small pieces: observed values by name, and the number of their samples."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Piece:
+    """What is run at once: some samples, and how many came before them."""
+
+    feeds: Feeds
+    first: int
+    count: int
+
+
+def _gather(
+    session: runtimes.Session,
+    batches: Iterable[Batch | Mapping[str, Any]],
+    found: Observed,
+    worker: concurrent.futures.Executor,
+    state: Path | None,
+    state_seconds: float,
+    on_progress: Callable[[int], None],
+) -> None:
+    """Runs and takes in everything; each run is taken in by the worker while the next one goes on.
+
+    In a thread of its own that is done to the end, also when Ctrl-C raises in this one.
+    """
+    saved = time.monotonic()
+    pending: tuple[concurrent.futures.Future[None], _Piece] | None = None
+
+    def settle() -> None:
+        if pending is None:
+            return
+        future, piece = pending
+        try:
+            future.result()
+        except NonFinite:
+            _blame(session, piece, found.plan)
+        on_progress(found.samples)
+
+    per_sample = 0
+
+    def step() -> int:
+        # The first sample shows how large they are.
+        return max(1, _RUN_ELEMENTS // per_sample) if per_sample else 1
+
+    for piece in _pieces(session, batches, found, step):
+        values = {**piece.feeds, **session.run(piece.feeds)}
+        per_sample = max(per_sample, sum(values[name].size for name in found.plan.observed) // piece.count)
+        settle()
+        pending = worker.submit(found.add, values, piece.count), piece
+        del values  # they belong to the worker, which frees them one by one
+        if state is not None and time.monotonic() - saved >= state_seconds:
+            settle()
+            pending = None
+            found.save(state)
+            saved = time.monotonic()
+    settle()
+
+
+def _pieces(
+    session: runtimes.Session,
+    batches: Iterable[Batch | Mapping[str, Any]],
+    found: Observed,
+    step: Callable[[], int],
+) -> Iterator[_Piece]:
+    """The batches in small pieces, without the samples that were taken in before."""
     splittable = all(spec.shape and not isinstance(spec.shape[0], int) for spec in session.inputs)
-    passed, largest = 0, 0
-    already = found.samples
+    already, passed = found.samples, 0
+    check = InputCheck(session.inputs)
     for number, batch in enumerate(batches):
         feeds = _feeds(batch, number)
+        try:
+            check(feeds)
+        except runtimes.InvalidInput as error:
+            raise DataError(error.what, where=f"batch {number}", hint=error.hint) from error
+        _check_rest(feeds, found.plan, passed)
         count = _count(feeds)
         whole = not splittable or any(array.ndim == 0 or len(array) != count for array in feeds.values())
         start = max(0, min(count, already - passed))
         while start < count:
-            # The first sample shows how large they are.
-            step = count if whole else max(1, min(count - start, _RUN_ELEMENTS // largest if largest else 1))
-            part = feeds if step == count else {name: array[start : start + step] for name, array in feeds.items()}
-            try:
-                outputs = session.run(part)
-            except runtimes.InvalidInput as error:
-                raise DataError(error.what, where=f"batch {number}", hint=error.hint) from error
-            _check_rest(part, found)
-            values = {**part, **outputs}
-            del outputs
-            largest = max(largest, sum(values[name].size for name in found.plan.observed) // step)
-            yield values, step
-            del values  # before the next run, not after it: they are most of the memory
-            start += step
+            size = count if whole else min(count - start, step())
+            part = feeds if size == count else {name: array[start : start + size] for name, array in feeds.items()}
+            yield _Piece(part, passed + start, size)
+            start += size
         passed += count
     if passed < already:
         raise CalibrationError(
             f"the state has seen {already} samples, the data has only {passed}",
             hint="resume on the data that the calibration began with",
         )
+
+
+def _blame(session: runtimes.Session, piece: _Piece, graph_plan: Plan) -> NoReturn:
+    """Runs the piece again to find the first tensor, in the order of the graph, that is not finite."""
+    values = {**piece.feeds, **session.run(piece.feeds)}
+    for name in graph_plan.observed:
+        bad = ~np.isfinite(values[name])
+        if not bad.any():
+            continue
+        kind = "NaN" if np.isnan(values[name]).any() else "an infinite value"
+        by_sample = bad.ndim > 0 and len(bad) == piece.count
+        row = int(bad.reshape(piece.count, -1).any(axis=1).argmax()) if by_sample else 0
+        known = by_sample or piece.count == 1
+        is_input = name in graph_plan.inputs
+        raise CalibrationError(
+            f"{'input' if is_input else 'tensor'} {name!r} holds {kind}",
+            where=f"sample {piece.first + row}, counted from 0"
+            if known
+            else f"one of the samples {piece.first} to {piece.first + piece.count - 1}, counted from 0",
+            hint="mend that sample or leave it out"
+            if is_input
+            else "run the float model on that sample: what comes after this tensor means nothing there either",
+        )
+    raise CalibrationError(
+        "a tensor was not finite, and is when the model runs again: the model is not deterministic",
+        where=f"samples {piece.first} to {piece.first + piece.count - 1}",
+    )
 
 
 def _feeds(batch: Batch | Mapping[str, Any], number: int) -> Feeds:
@@ -337,15 +269,17 @@ def _count(feeds: Feeds) -> int:
     return next((len(array) for array in feeds.values() if array.ndim), 1)
 
 
-def _check_rest(feeds: Feeds, found: Observed) -> None:
+def _check_rest(feeds: Feeds, graph_plan: Plan, passed: int) -> None:
     """Inputs that are not observed, such as a mask of minus infinity, may hold infinities but no NaN."""
     for name, array in feeds.items():
-        if name not in found.plan.inputs and array.dtype.kind == "f" and np.isnan(array).any():
-            raise CalibrationError(
-                f"input {name!r} holds NaN",
-                where=f"sample {found.samples} or shortly after it",
-                hint="mend or leave out that sample, counted from 0",
-            )
+        if name in graph_plan.inputs or array.dtype.kind != "f" or not np.isnan(array).any():
+            continue
+        row = int(np.isnan(array).reshape(len(array), -1).any(axis=1).argmax()) if array.ndim else 0
+        raise CalibrationError(
+            f"input {name!r} holds NaN",
+            where=f"sample {passed + row}, counted from 0",
+            hint="mend that sample or leave it out",
+        )
 
 
 __all__ = [

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,7 @@ _AVERAGING = 0.01
 
 
 class NonFinite(Exception):
-    """A tensor holds NaN or an infinity: its index, and the sample within the run, None where that is not known."""
-
-    def __init__(self, tensor: int, row: int | None, kind: str) -> None:
-        super().__init__(kind)
-        self.tensor = tensor
-        self.row = row
-        self.kind = kind
+    """A tensor holds NaN or an infinity."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,27 +87,32 @@ class Histograms:
         self._filled = [0] * count
         self._strides: dict[int, int] = {}
 
-    def add(self, arrays: Sequence[np.ndarray], samples: int) -> None:
+    def add(self, arrays: Iterable[np.ndarray], samples: int) -> None:
         """Takes in one run.
 
         Args:
             arrays: one float array for each tensor. Where axis 0 is ``samples`` long it counts the samples,
-                otherwise the array is taken as one whole.
+                otherwise the array is taken as one whole. None is kept once the next is asked for, so a generator
+                can free them.
             samples: in this run.
 
         Raises:
-            NonFinite: NaN or infinity; nothing of the run was taken in.
+            NonFinite: NaN or infinity, in one of the tensors or in one that made it; nothing was taken in.
         """
-        rows = [_rows(array, samples) for array in arrays]
-        first = self.samples
-        picked = [self._pick(row, first) for row in rows]
-        low, high = self._extremes(rows, picked, samples)
+        picked: list[np.ndarray] = []
+        sizes: list[int] = []
+        low, high = np.full((len(self._filled), samples), math.inf), np.full((len(self._filled), samples), -math.inf)
+        for index, array in enumerate(arrays):
+            rows = _rows(array, samples)
+            picked.append(self._pick(rows))
+            sizes.append(rows.size)
+            if rows.size:
+                self._extremes(index, rows, picked[-1], low, high)
         if not (np.isfinite(low) | (low == math.inf)).all() or not (np.isfinite(high) | (high == -math.inf)).all():
-            _blame(rows)
-        for index, parts in enumerate(picked):
-            for part in parts:
-                self._wait(index, part)
-            self._elements[index] += rows[index].size
+            raise NonFinite
+        for index, values in enumerate(picked):
+            self._wait(index, values)
+        self._elements += sizes
         np.minimum(self._minimum, low.min(axis=1), out=self._minimum)
         np.maximum(self._maximum, high.max(axis=1), out=self._maximum)
         for row in range(samples):
@@ -170,37 +169,29 @@ class Histograms:
             else:
                 own[...] = given
 
-    def _pick(self, rows: np.ndarray, first: int) -> list[np.ndarray]:
-        """The elements of each row that go into the histogram."""
+    def _pick(self, rows: np.ndarray) -> np.ndarray:
+        """A copy of the elements of each row that go into the histogram, in one dimension."""
         size = rows.shape[1]
         stride = self._strides.get(size)
         if stride is None:
-            stride = self._strides[size] = (
-                1 if self.sampled is None else coprime_stride(size, share(size, self.sampled))
-            )
+            wanted = size if self.sampled is None else share(size, self.sampled)
+            stride = self._strides[size] = coprime_stride(size, wanted)
         if stride == 1:
-            return [rows.reshape(-1)]
+            return rows.flatten()
         # A multiplicative walk through the offsets: neighbours in time begin far apart.
-        return [row[(first + i) * 40503 % stride :: stride] for i, row in enumerate(rows)]
+        parts = [row[(self.samples + i) * 40503 % stride :: stride] for i, row in enumerate(rows)]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0].copy()
 
-    def _extremes(
-        self, rows: Sequence[np.ndarray], picked: Sequence[list[np.ndarray]], samples: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Minimum and maximum of every tensor and sample, [tensors, samples]; inf and -inf of nothing."""
-        low, high = np.full((len(rows), samples), math.inf), np.full((len(rows), samples), -math.inf)
-        for index, row in enumerate(rows):
-            if not row.size:
-                continue
-            bounds = self._bounds.get(index)
-            if bounds is not None and len(row) == 1 and len(picked[index][0]) < row.size:
-                part = picked[index][0]
-                least, most = part.min(), part.max()
-                low[index] = least if least == bounds[0] else row.min()
-                high[index] = most if most == bounds[1] else row.max()
-            else:
-                low[index] = row.min(axis=1)
-                high[index] = row.max(axis=1)
-        return low, high
+    def _extremes(self, index: int, rows: np.ndarray, picked: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+        """Writes minimum and maximum of every row of a tensor to ``low`` and ``high``, [tensors, samples]."""
+        bounds = self._bounds.get(index)
+        if bounds is not None and len(rows) == 1 and picked.size < rows.size:
+            least, most = picked.min(), picked.max()
+            low[index] = least if least == bounds[0] else rows.min()
+            high[index] = most if most == bounds[1] else rows.max()
+        else:
+            low[index] = rows.min(axis=1)
+            high[index] = rows.max(axis=1)
 
     def _average(self, low: np.ndarray, high: np.ndarray) -> None:
         """The moving average of Krishnamoorthi 2018 (arXiv 1806.08342), with an even average to begin with."""
@@ -308,13 +299,3 @@ def _rows(array: np.ndarray, samples: int) -> np.ndarray:
     if array.ndim and array.shape[0] == samples:
         return array.reshape(samples, -1) if array.size else array.reshape(samples, 0)
     return array.reshape(1, -1)
-
-
-def _blame(rows: Sequence[np.ndarray]) -> None:
-    for index, row in enumerate(rows):
-        bad = ~np.isfinite(row)
-        if bad.any():
-            at = np.unravel_index(int(bad.argmax()), bad.shape)
-            kind = "NaN" if np.isnan(row[at]) else "infinity"
-            raise NonFinite(index, int(at[0]) if len(row) > 1 else None, kind)
-    raise AssertionError("an extreme is not finite, but every element is")
