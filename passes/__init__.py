@@ -30,6 +30,7 @@ from passes.fuse_hard_sigmoid import FuseHardSigmoid
 from passes.fuse_pad import FusePad
 from passes.quantize_int8 import QuantizeInt8
 from passes.simplify import Simplify
+from passes.smooth_quant import SmoothQuant
 from passes.strip_metadata import StripMetadata
 
 __all__ = [
@@ -60,6 +61,7 @@ PASSES: Mapping[str, type[Pass]] = types.MappingProxyType(
         "fuse_pad": FusePad,
         "quantize_int8": QuantizeInt8,
         "simplify": Simplify,
+        "smooth_quant": SmoothQuant,
         "strip_metadata": StripMetadata,
     }
 )

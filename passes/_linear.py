@@ -94,6 +94,7 @@ class Linear:
         dtype = tensor.dtype.numpy()
         base = str(node.outputs[0].name)
         weight = np.ascontiguousarray(self._oriented(tuple(tensor.shape.numpy()))).astype(dtype)
+        replaced = list(node.inputs[1:])
         node.replace_input_with(1, new_constant(scope, weight, names.fresh(f"{base}_weight"), before=node))
         if self.bias is not None:
             assert node.op_type != "MatMul", "MatMul takes no bias"
@@ -101,6 +102,8 @@ class Linear:
             set_inputs(node, [node.inputs[0], node.inputs[1], value])
             if node.op_type == "Gemm":
                 node.attributes.add(ir.AttrFloat32("beta", 1.0))
+        for old in replaced:
+            drop_unused(old)
 
     def _tensor(self) -> ir.TensorProtocol:
         tensor = constant(self.node.inputs[1])
@@ -167,3 +170,12 @@ def canonical(node: ir.Node, data: np.ndarray) -> np.ndarray:
             raise NotLinear(f"{label(node)}: its channels are not in columns")
     matrix = data if transposed else data.T
     return np.array(matrix, dtype=np.float64, order="C").reshape(1, *matrix.shape, 1)
+
+
+def drop_unused(value: ir.Value | None) -> None:
+    """Takes an initializer out of its graph that nobody reads any more: two copies of a weight are one too many."""
+    if value is None or not value.is_initializer() or value.uses() or value.is_graph_output():
+        return
+    graph = value.graph
+    if graph is not None and not value.is_graph_input():
+        del graph.initializers[str(value.name)]

@@ -222,8 +222,9 @@ class _Path:
             raise _Decline(f"{label(user)} clips at {low}")
         if high in (0, math.inf):
             return
+        # Calibration gives a value that only a Clip reads the range of what comes out: at the bound, it was reached.
         found = None if self.calibration is None else self.calibration.ranges.get(str(value.name))
-        if low != 0 or found is None or found.maximum > high:
+        if low != 0 or found is None or found.maximum >= high:
             seen = "" if found is None else f", and {found.maximum:.4g} was seen"
             raise _Decline(f"{label(user)} clips at {high:g}{seen}")
         self.unclipped.append(user)

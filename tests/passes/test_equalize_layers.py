@@ -190,7 +190,7 @@ def test_dead_channels_get_no_scale() -> None:
     np.testing.assert_array_equal(conv.bias[[1, 3]].astype(np.float32), CONSTANTS["b1"][[1, 3]])
 
 
-@pytest.mark.parametrize(("seen", "fired"), [(6.0, 1), (6.1, 0), (None, 0)])
+@pytest.mark.parametrize(("seen", "fired"), [(5.9, 1), (6.0, 0), (6.1, 0), (None, 0)])
 def test_a_clip_that_is_never_reached(seen: float | None, fired: int) -> None:
     body = "a = Conv (x, w1)  b = Clip (a, zero, six)  y = Conv (b, w2)"
     ranges = {} if seen is None else {"a": TensorRange(-1.0, 2.0, 2.0, -1.0, seen, "entropy")}
