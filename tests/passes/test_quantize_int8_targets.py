@@ -1,0 +1,244 @@
+"""quantize_int8 where it counts: placement for TensorRT, engines built without a GPU, OpenVINO, real weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from pass_support import random_feeds, run_ort
+from quant_support import in_kernels, min_max, op_counts, quantise
+from test_quantize_int8 import CONV2, PAD, graph, normal
+
+from passes import DEFAULT_PIPELINE, make
+from passes.quantize_int8 import QuantizeInt8, quantizable
+
+RESIDUAL = graph(
+    f"""
+    a0 = Conv {PAD} (x, w, b)      a = Relu (a0)
+    c0 = Conv {PAD} (a, w2, b2)    c = Relu (c0)
+    d = Conv {PAD} (c, w2, b2)     s = Add (d, a)     r = Relu (s)
+    p = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (r)
+    e = Conv {PAD} (p, w2, b2)     f = Conv {PAD} (p, w5)     t = Add (e, f)     u = Relu (t)
+    g = Conv {PAD} (u, w2)
+    k = Concat <axis = 1> (u, g)
+    h = Conv {PAD} (k, w4)
+    v = GlobalAveragePool (h)
+    l = Flatten (v)
+    y = Gemm <transB = 1> (l, fc, fb)
+    """,
+    outputs="float[N, 5] y",
+    **CONV2,
+    w4=normal(8, 16, 3, 3, seed=31),
+    w5=normal(8, 8, 3, 3, seed=32),
+    fc=normal(5, 8),
+    fb=normal(5),
+)
+
+
+def producers(proto: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    return {output: node for node in proto.graph.node for output in node.output}
+
+
+def arrays(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+
+
+def test_tensorrt_reads_integers_and_writes_float() -> None:
+    after, outcome = quantise(RESIDUAL, dialect="tensorrt", nmse=6e-3)
+    made, constants = producers(after), arrays(after)
+    for node in after.graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            assert made[node.input[0]].op_type == made[node.input[1]].op_type == "DequantizeLinear"
+            assert node.input[0].endswith("_dequantized")
+            if len(node.input) == 3:
+                assert constants[node.input[2]].dtype == np.float32
+            weight = made[node.input[1]]
+            assert constants[weight.input[0]].dtype == np.int8
+            assert constants[weight.input[1]].shape == (constants[weight.input[0]].shape[0],)
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert not constants[node.input[2]].any()
+            assert constants[node.input[2]].dtype == np.int8
+            assert (constants[node.input[1]] > 0).all()
+    # the branch straight from a convolution stays inside of its kernel, the other one is quantised
+    first, second = (node for node in after.graph.node if node.op_type == "Add")
+    assert made[first.input[0]].op_type == "Conv"
+    assert made[first.input[1]].op_type == "DequantizeLinear"
+    assert sorted(made[name].op_type for name in second.input) == ["Conv", "DequantizeLinear"]
+    assert made[second.input[1]].op_type == "Conv", "the later convolution takes the other's result in"
+    pool = next(node for node in after.graph.node if node.op_type == "GlobalAveragePool")
+    assert made[pool.input[0]].op_type == "DequantizeLinear"
+    # nothing is quantised at the end, and the pair through MaxPool has one scale
+    assert "y_scale" not in constants
+    assert not any(node.op_type == "Relu" and "dequant" in node.input[0] for node in after.graph.node)
+    concat = next(node for node in after.graph.node if node.op_type == "Concat")
+    scales = {made[name].input[1] for name in concat.input}
+    assert len(scales) == 1
+    reader = next(node for node in after.graph.node if node.op_type == "Conv" and "k_de" in node.input[0])
+    assert {made[reader.input[0]].input[1]} == scales
+    assert outcome.fired == len(quantizable(ir.from_proto(RESIDUAL), "tensorrt"))
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("dialect", ["tensorrt", "openvino"])
+def test_conv_transpose(dialect: str, group: int) -> None:
+    proto = graph(f"c = ConvTranspose <group = {group}> (x, w) y = Relu (c)", w=normal(4, 8 // group, 3, 3))
+    after, outcome = quantise(proto, dialect=dialect)
+    assert outcome.fired == 1
+    made, constants = producers(after), arrays(after)
+    node = next(node for node in after.graph.node if node.op_type == "ConvTranspose")
+    weight = made[node.input[1]]
+    assert constants[weight.input[1]].shape == ((8,) if group == 1 else ())
+    if group == 1:
+        assert weight.attribute[0].i == 1
+
+
+def test_tensorrt_quantises_both_sides_of_a_product() -> None:
+    proto = graph(
+        "q = MatMul (x, w) k = MatMul (x, v) t = Transpose <perm = [0, 2, 1]> (k) y = MatMul (q, t)",
+        "float[B, 3, 4] x",
+        "float[B, 3, 3] y",
+        w=normal(4, 6),
+        v=normal(4, 6, seed=9),
+    )
+    after, outcome = quantise(proto, dialect="tensorrt")
+    assert outcome.fired == 3
+    made = producers(after)
+    for node in after.graph.node:
+        if node.op_type == "MatMul":
+            assert all(made[name].op_type == "DequantizeLinear" for name in node.input)
+
+
+# --- engines, where TensorRT-RTX is installed: it builds without a GPU
+
+
+@pytest.fixture(scope="module")
+def trt() -> Any:
+    return pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+
+
+def parsed(trt: Any, proto: onnx.ModelProto) -> tuple[Any, Any]:
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
+    assert parser.parse(proto.SerializeToString()), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    return builder, network
+
+
+def engine_size(trt: Any, proto: onnx.ModelProto, architecture: str) -> int:
+    builder, network = parsed(trt, proto)
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, architecture), 0)
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        value = network.get_input(index)
+        least, most = ([size if size > 0 else unknown for size in value.shape] for unknown in (1, 4))
+        profile.set_shape(value.name, least, least, most)
+    config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    assert engine is not None
+    return int(engine.nbytes)
+
+
+@pytest.mark.parametrize("architecture", ["SM86", "SM89"])
+@pytest.mark.parametrize(
+    "proto",
+    [
+        RESIDUAL,
+        graph("c = ConvTranspose <group = 2> (x, w) y = Relu (c)", w=normal(4, 4, 3, 3)),
+        graph("y = MatMul (x, w)", "float[B, 3, 4] x", "float[B, 3, 5] y", w=normal(4, 5)),
+        graph(
+            "c = Conv <group = 4, pads = [1, 1, 1, 1]> (x, w) y = Clip (c, lo, hi)",
+            w=normal(8, 1, 3, 3),
+            lo=np.array(0, np.float32),
+            hi=np.array(6, np.float32),
+        ),
+    ],
+    ids=["residual", "transposed", "product", "depthwise"],
+)
+def test_tensorrt_builds_what_is_made_for_it(trt: Any, proto: onnx.ModelProto, architecture: str) -> None:
+    after, _ = quantise(proto, dialect="tensorrt", nmse=6e-3)
+    _, network = parsed(trt, after)
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    made = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
+    convolutions = [x for x in layers if x.type in (trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION)]
+    assert len(convolutions) == op_counts(proto)["Conv"] + op_counts(proto)["ConvTranspose"]
+    for layer in convolutions:
+        for index in (0, 1):
+            assert made[layer.get_input(index).name].type == trt.LayerType.DEQUANTIZE
+    assert engine_size(trt, after, architecture) > 0
+
+
+def test_a_tensorrt_engine_of_integers_is_small(trt: Any) -> None:
+    """Where weights, and not the code of kernels, are what it is made of."""
+    body = "".join(f"c{i} = Conv {PAD} (r{i}, w{i}) r{i + 1} = Relu (c{i})\n" for i in range(4))
+    proto = graph(
+        f"r0 = Identity (x)\n{body} y = Identity (r4)",
+        "float[N, 256, 8, 8] x",
+        "float[N, 256, 8, 8] y",
+        **{f"w{i}": normal(256, 256, 3, 3, seed=i, scale=0.03) for i in range(4)},
+    )
+    after, _ = quantise(proto, dialect="tensorrt", nmse=5e-3)
+    assert engine_size(trt, after, "SM89") < 0.4 * engine_size(trt, proto, "SM89")
+
+
+def test_openvino_runs_its_dialect_in_integers() -> None:
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    after, _ = quantise(RESIDUAL, dialect="openvino", nmse=6e-3)
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(after.SerializeToString()), "CPU")
+    types = [
+        op.get_rt_info()["runtimePrecision"].astype(str)
+        for op in compiled.get_runtime_model().get_ops()
+        if op.get_rt_info()["layerType"].astype(str) == "Convolution"
+    ]
+    assert types
+    assert set(types) <= {"u8", "i8"}
+    feeds = random_feeds(RESIDUAL, 0)
+    expected, got = run_ort(after, feeds)[0], compiled(feeds)[0]
+    assert np.square(got - expected).sum() < 6e-3 * np.square(expected).sum()
+
+
+# --- real weights
+
+
+def cifar(assets: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images, normalised, float32 [N, 3, 32, 32], and labels."""
+    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    folder = assets / "cifar10"
+    rows, labels = [], []
+    for path in sorted(folder.glob(f"{split}*.png")):
+        rows.append(np.asarray(image.open(path).convert("RGB")).reshape(-1, 32, 32, 3))
+    for path in sorted(folder.glob(f"{split}*labels.json")):
+        labels += json.loads(path.read_text())
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    scaled = (np.concatenate(rows) / 255 - mean) / std
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), dtype=np.float32), np.array(labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "top1", "convolutions"),
+    [("cifar_resnet20", 0.9148, 19), pytest.param("cifar_resnet56", 0.9296, 55, marks=pytest.mark.slow)],
+)
+def test_cifar_resnets_keep_their_accuracy(assets: Path, name: str, top1: float, convolutions: int) -> None:
+    """At most 0.1 points of 5,000 images, with ranges of 250 training images and no clipping."""
+    proto = onnx.load(assets / "models" / "cifar10-resnets" / f"{name}.onnx")
+    model = ir.from_proto(proto)
+    for each in DEFAULT_PIPELINE:
+        if each != "simplify":
+            make(each)(model)
+    calibration = min_max(ir.to_proto(model), [{"input": cifar(assets, "train")[0][:250]}])
+    outcome = QuantizeInt8(calibration=calibration)(model)
+    assert not outcome.declined
+    after = ir.to_proto(model)
+    assert in_kernels(after, nmse=0.02)["QLinearConv"] == convolutions
+    session = ort.InferenceSession(after.SerializeToString(), providers=["CPUExecutionProvider"])
+    images, labels = cifar(assets, "test")
+    logits = [session.run(None, {"input": images[i : i + 50]})[0] for i in range(0, len(images), 50)]
+    assert (np.concatenate(logits).argmax(1) == labels).mean() >= top1 - 0.001
