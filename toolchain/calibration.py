@@ -10,9 +10,11 @@ Measured by ``benchmarks/calibration.py``, see there.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -31,13 +33,17 @@ from toolchain.clipping import METHODS, PERCENTILE, Method
 from toolchain.errors import CalibrationError, DataError, GraphError
 from toolchain.evaluate import Feeds, with_outputs
 from toolchain.histogram import NonFinite
+from toolchain.machine import usable_cores
 from toolchain.observation import Plan, plan
 from toolchain.observed import SAMPLED, Observed, check_method
 from toolchain.onnx_file import read_onnx, temporary_onnx
 from toolchain.samples import Batch
 
-#: elements of all observed tensors that one run may give (16 MB in float32): more does not go faster, and is memory
-_RUN_ELEMENTS = 4_000_000
+#: elements of all observed tensors that one run may give (8 MB in float32): more does not go faster, and is memory
+_RUN_ELEMENTS = 2_000_000
+#: runs at once, which share the cores: one run with all the cores leaves them idle between its operators, and while its
+#: results are taken in. More of them would be more memory.
+_WORKERS = 2
 
 
 def observe(
@@ -80,11 +86,9 @@ def observe(
     with contextlib.ExitStack() as stack:
         session = stack.enter_context(_session(with_outputs(graph, found.plan.outputs)))
         del graph, model  # of a file, this was the only copy of the weights besides the runtime's
-        worker = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "observe"))
         try:
-            _gather(session, batches, found, worker, state, state_seconds, on_progress)
+            _gather(session, batches, found, state, state_seconds, on_progress)
         except BaseException:
-            worker.shutdown(wait=True)
             if state is not None and found.samples:
                 found.save(state)
             raise
@@ -135,7 +139,8 @@ def _typed(model: ir.Model) -> ir.Model:
 def _session(model: ir.Model) -> Iterator[runtimes.Session]:
     with temporary_onnx(model) as path:
         # Without a memory pattern the arena holds what a run takes and no second plan of it: a quarter less memory.
-        with runtimes.load(path, target="ort-cpu", options={"memory_pattern": False}) as session:
+        options = {"memory_pattern": False, "intra_op_threads": max(1, usable_cores() // _WORKERS)}
+        with runtimes.load(path, target="ort-cpu", options=options) as session:
             yield session
 
 
@@ -152,46 +157,55 @@ def _gather(
     session: runtimes.Session,
     batches: Iterable[Batch | Mapping[str, Any]],
     found: Observed,
-    worker: concurrent.futures.Executor,
     state: Path | None,
     state_seconds: float,
     on_progress: Callable[[int], None],
 ) -> None:
-    """Runs and takes in everything; each run is taken in by the worker while the next one goes on.
+    """Runs and takes in everything: ``_WORKERS`` runs go on at once, and are taken in one after the other.
 
-    In a thread of its own that is done to the end, also when Ctrl-C raises in this one.
+    When it ends, in whatever way, what was run was taken in: the threads are not interrupted by Ctrl-C.
     """
     saved = time.monotonic()
-    pending: tuple[concurrent.futures.Future[None], _Piece] | None = None
-
-    def settle() -> None:
-        if pending is None:
-            return
-        future, piece = pending
-        try:
-            future.result()
-        except NonFinite:
-            _blame(session, piece, found.plan)
-        on_progress(found.samples)
-
+    running: collections.deque[tuple[concurrent.futures.Future[int], _Piece]] = collections.deque()
+    lock = threading.Lock()
     per_sample = 0
 
+    def take(piece: _Piece, before: concurrent.futures.Future[int] | None) -> int:
+        """Elements of a sample in all that is observed."""
+        values = {**piece.feeds, **session.run(piece.feeds)}
+        elements = sum(values[name].size for name in found.plan.observed) // piece.count
+        if before is not None:
+            before.result()
+        with lock:
+            found.add(values, piece.count)
+        return elements
+
+    def settle() -> None:
+        nonlocal per_sample
+        future, piece = running.popleft()
+        try:
+            per_sample = max(per_sample, future.result())
+        except NonFinite:
+            _blame(session, piece, found.plan)
+        on_progress(piece.first + piece.count)
+
     def step() -> int:
-        # The first sample shows how large they are.
+        # The first sample, run alone, shows how large they are.
+        while not per_sample and running:
+            settle()
         return max(1, _RUN_ELEMENTS // per_sample) if per_sample else 1
 
-    for piece in _pieces(session, batches, found, step):
-        values = {**piece.feeds, **session.run(piece.feeds)}
-        per_sample = max(per_sample, sum(values[name].size for name in found.plan.observed) // piece.count)
-        settle()
-        pending = worker.submit(found.add, values, piece.count), piece
-        del values  # they belong to the worker, which frees them one by one
-        if state is not None and time.monotonic() - saved >= state_seconds:
+    with concurrent.futures.ThreadPoolExecutor(_WORKERS, "calibrate") as pool:
+        for piece in _pieces(session, batches, found, step):
+            running.append((pool.submit(take, piece, running[-1][0] if running else None), piece))
+            if len(running) == _WORKERS:
+                settle()
+            if state is not None and time.monotonic() - saved >= state_seconds:
+                with lock:
+                    found.save(state)
+                saved = time.monotonic()
+        while running:
             settle()
-            pending = None
-            found.save(state)
-            saved = time.monotonic()
-    settle()
 
 
 def _pieces(
