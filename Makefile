@@ -8,6 +8,9 @@ MODEL  ?=
 TARGET ?= ort-cpu
 # Extra flags for `toolchain build`, such as ARGS="--verify-each --dump-dir dump".
 ARGS   ?=
+# fp32, int8 or auto; int8 needs DATA, samples to calibrate on.
+PRECISION ?=
+DATA   ?=
 EVAL   ?=
 WEIGHTS ?=
 OUT    ?=
@@ -16,7 +19,8 @@ OUT    ?=
 .PHONY: help install engine test lint types check bench doctor clean
 
 help:
-	@echo 'make engine MODEL=resnet50 [TARGET="ort-cpu"] [EVAL=folder] [WEIGHTS=auto|random|PATH] [OUT=folder] [ARGS=...]'
+	@echo 'make engine MODEL=resnet50 [TARGET="ort-cpu"] [EVAL=folder] [WEIGHTS=auto|random|PATH]'
+	@echo '            [PRECISION=int8 DATA=folder] [OUT=folder] [ARGS=...]'
 	@echo 'make test      lint, types and the whole test suite'
 	@echo 'make bench     the measurements of benchmarks/'
 	@echo 'make doctor    what this machine can run, and why not'
@@ -31,10 +35,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 install: $(VENV)/installed
 
+# Handed over through the environment, not spliced into the shell's text: names may hold quotes and spaces.
+export MODEL TARGET PRECISION DATA EVAL WEIGHTS OUT
 engine: install
-	@test -n '$(MODEL)' || { echo 'which model? make engine MODEL=resnet50 (or a .onnx, .pt2, file.py:factory, hf:..., recipe.yaml)'; exit 2; }
-	@$(BIN)/toolchain build '$(MODEL)' $(foreach t,$(TARGET),--target '$(t)') $(if $(EVAL),--eval-data '$(EVAL)') \
-		$(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(OUT),--output '$(OUT)') $(ARGS)
+	@test -n "$$MODEL" || { echo 'which model? make engine MODEL=resnet50 (or a .onnx, .pt2, file.py:factory, hf:..., recipe.yaml)'; exit 2; }
+	@$(BIN)/toolchain build "$$MODEL" $(foreach t,$(TARGET),--target '$(t)') $(if $(EVAL),--eval-data "$$EVAL") \
+		$(if $(PRECISION),--precision "$$PRECISION") $(if $(DATA),--data "$$DATA") \
+		$(if $(WEIGHTS),--weights "$$WEIGHTS") $(if $(OUT),--output "$$OUT") $(ARGS)
 
 test: check
 	$(BIN)/python -m pytest -q

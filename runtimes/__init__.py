@@ -159,7 +159,10 @@ def load(
         TargetUnavailable: what was asked for does not work here.
         CompileFailed: the runtime refused the model.
     """
-    path = Path(path)
+    try:
+        path = Path(path)
+    except TypeError:
+        raise InvalidInput(f"a path is wanted, not {type(path).__name__}") from None
     from runtimes import package as packages
 
     if path.is_dir():

@@ -78,9 +78,13 @@ class InputCheck:
 
     def shapes(self, shapes: Mapping[str, Sequence[int]], /) -> dict[str, int]:
         """Checks input shapes and returns the size that each symbolic dimension has in them."""
+        if not isinstance(shapes, Mapping):
+            raise InvalidInput(f"shapes are given as a dict of name to sizes, not as {type(shapes).__name__}")
         self._check_names(shapes, "shapes")
         sizes: dict[str, int] = {}
         for spec in self._specs:
+            if not isinstance(shapes[spec.name], Sequence):
+                raise InvalidInput(f"not a shape: {shapes[spec.name]!r}", where=f"input {spec.name!r}")
             shape = tuple(shapes[spec.name])
             if not all(isinstance(size, (int, np.integer)) and size >= 0 for size in shape):
                 raise InvalidInput(f"not a shape: {shape}", where=f"input {spec.name!r}")

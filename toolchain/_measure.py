@@ -56,6 +56,10 @@ def _run(job: dict[str, Any]) -> None:
     sessions = [session for session, _ in loaded]
     for batch in plan["batch_sizes"]:
         feeds = [seeded_inputs(s.inputs, batch=batch, seed=plan["seed"], dims=plan["dims"]) for s in sessions]
+        batch = _real_batch(sessions[0], feeds[0], batch)
+        if len(sessions) > 1 and sessions[0].inputs != sessions[1].inputs:
+            taken = [", ".join(map(str, s.inputs)) for s in sessions]
+            raise runtimes.InvalidInput(f"the two do not take the same inputs: {taken[0]} and {taken[1]}")
         if job["interleave"]:
             _say({"batch": batch, "blocks_ms": _interleaved(sessions, feeds, plan)})
             continue
@@ -76,6 +80,21 @@ def _run(job: dict[str, Any]) -> None:
                 "digest": session.info.get("digest"),
             }
         )
+
+
+def _real_batch(session: runtimes.Session, feeds: dict[str, Any], wanted: int) -> int:
+    """How many samples a run takes: as asked, or what the model fixes. Asking a fixed one for another is an error."""
+    spec = session.inputs[0] if session.inputs else None
+    if spec is None or not spec.shape or not isinstance(spec.shape[0], int):
+        return wanted
+    fixed = len(feeds[spec.name])
+    if wanted not in (1, fixed):
+        raise runtimes.InvalidInput(
+            f"the model has a fixed batch of {fixed}, {wanted} was asked for",
+            where=str(spec),
+            hint=f"--batch-sizes {fixed}",
+        )
+    return fixed
 
 
 def _repeat(session: runtimes.Session, feeds: dict[str, Any], plan: dict[str, Any], text: str) -> list[float]:

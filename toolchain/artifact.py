@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import runtimes
 from runtimes import package
 from runtimes._manifest import SCHEMA
+from toolchain.errors import StorageError
 from toolchain.report import BuildReport, from_json
 from toolchain.storage import replacing_directory, reported
 
@@ -32,6 +34,32 @@ class Variant:
     def name(self) -> str:
         """Such as ``ort-cpu-fp32``; it names the folder too, so a device's colon becomes a dash."""
         return f"{str(self.compiled.target).replace(':', '-')}-{self.precision}"
+
+
+def check_destination(destination: Path) -> None:
+    """Refuses to replace anything but an artifact of ours or an empty folder.
+
+    Raises:
+        StorageError: something else is there, or the current folder would be replaced.
+    """
+    path = Path(os.path.abspath(destination))
+    hint = "choose another --output"
+    if path == Path.cwd() or path in Path.cwd().parents:
+        raise StorageError("the artifact would take the place of the current folder", where=str(path), hint=hint)
+    if path.exists() and not path.is_dir():
+        raise StorageError("cannot write the artifact: a file is in the way", where=str(path), hint=hint)
+    if path.is_dir() and any(path.iterdir()):
+        try:
+            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+            ours = "toolchain" in manifest["additional_metadata"]
+        except (OSError, ValueError, KeyError, TypeError):
+            ours = False
+        if not ours:
+            raise StorageError(
+                "cannot write the artifact: the folder holds something else, and would be replaced whole",
+                where=str(path),
+                hint=hint,
+            )
 
 
 def write_artifact(
@@ -58,6 +86,7 @@ def write_artifact(
     Raises:
         StorageError: the disk is full or not writable; what was there before is untouched.
     """
+    check_destination(destination)
     with replacing_directory(destination, "the artifact") as root:
         copies = [pair for variant in variants for pair in _files(variant.compiled.directory, root / variant.name)]
         copies += _files(exported, root / Path(EXPORTED).parent, only="model.onnx*")

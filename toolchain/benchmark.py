@@ -11,7 +11,6 @@ import datetime
 import json
 import math
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from runtimes import Error
+from toolchain import child as children
 from toolchain.machine import cpu_model, package_versions, usable_cores
 from toolchain.progress import Status, silent
 
@@ -84,6 +84,7 @@ class BenchResult:
         cov: standard deviation over mean.
         percentiles_ms: those that were asked for.
         valid, reason: whether the numbers may be quoted, and why not.
+        disturbed: not valid for a reason that may be gone next time: the machine had something else to do.
     """
 
     batch: int
@@ -100,6 +101,7 @@ class BenchResult:
     throughput: float
     valid: bool
     reason: str | None
+    disturbed: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -162,6 +164,7 @@ def summarise(
         for p in percentiles
         if len(array) < samples_needed(p)
     ]
+    too_few = len(reasons)
     spread = float((high - low) / median) if median else math.inf
     if spread > MAX_SPREAD:
         reasons.append(
@@ -186,6 +189,7 @@ def summarise(
         throughput=batch * 1000 / mean if mean else math.inf,
         valid=not reasons,
         reason="; ".join(reasons) or None,
+        disturbed=len(reasons) > too_few,
     )
 
 
@@ -254,7 +258,7 @@ def _measure(
         "threads": threads,
         "interleave": interleave,
     }
-    command = [sys.executable, "-m", "toolchain._measure"]
+    command = children.command("toolchain._measure")
     answers: list[dict[str, Any]] = []
     # stderr goes to a file: a pipe that nobody reads would stop a child that has much to say
     with (
@@ -267,7 +271,12 @@ def _measure(
         child.stdin.close()
         failure: dict[str, Any] | None = None
         for line in child.stdout:
-            answer = json.loads(line)
+            try:
+                answer = json.loads(line)
+            except ValueError as error:  # a library under the session writes to standard output
+                raise BenchmarkFailed(
+                    f"the measuring process said what it should not: {line.strip()[:200]}", where=subjects[0].path
+                ) from error
             if "error" in answer:
                 failure = answer
             elif "progress" in answer:

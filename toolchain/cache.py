@@ -137,12 +137,13 @@ class Cache:
         Raises:
             StorageError: the disk is full or read-only.
         """
-        with reported(self._stages, "the cache", hint="free some space, or set TOOLCHAIN_CACHE to another disk"):
-            self._stages.mkdir(parents=True, exist_ok=True)
-            working = self._stages / f".writing-{uuid.uuid4().hex}"
-            working.mkdir()
-            try:
-                yield working
+        hint = "set TOOLCHAIN_CACHE to a place that can be written and has space"
+        working = self._stages / f".writing-{uuid.uuid4().hex}"
+        with reported(self._stages, "the cache", hint=hint):
+            working.mkdir(parents=True)
+        try:
+            yield working
+            with reported(self._stages, "the cache", hint=hint):
                 (working / _LOCK).write_text(json.dumps(_sizes(working)))
                 entry = self._stages / f"{stage}-{key}"
                 if entry.exists() and not _is_whole(entry):
@@ -153,8 +154,8 @@ class Cache:
                     # another build was first: its entry is the same
                     if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                         raise
-            finally:
-                shutil.rmtree(working, ignore_errors=True)
+        finally:
+            shutil.rmtree(working, ignore_errors=True)
 
     def entries(self) -> list[Entry]:
         """All entries, least recently used first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from toolchain import console, models
 from toolchain import recipe as recipes
 from toolchain.benchmark import Plan, Subject, benchmark, compare_latency
 from toolchain.cache import Cache
+from toolchain.cli_calibrate import calibrating
 from toolchain.cli_look import looking
 from toolchain.errors import RecipeError
 from toolchain.render import bench_section, comparison_table, decibels, percent, show, table
@@ -25,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.registered_commands += looking.registered_commands
+app.registered_commands += looking.registered_commands + calibrating.registered_commands
 app.registered_groups += looking.registered_groups
 
 Model = Annotated[
@@ -48,6 +50,12 @@ EvalData = Annotated[
         show_default=False,
     ),
 ]
+Dims = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dim", help="size of a symbolic dimension of made-up inputs, such as sequence=128; repeat", show_default=False
+    ),
+]
 Numbers = Annotated[str | None, typer.Option(help="one number or several, such as 1,8,32", show_default="1")]
 
 
@@ -55,6 +63,9 @@ Numbers = Annotated[str | None, typer.Option(help="one number or several, such a
 def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="show the traceback of an error; anywhere on the line")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=lambda asked: _version(asked), is_eager=True, help="print the version")
     ] = False,
 ) -> None:
     """Read by main() before the commands are: this entry is for --help."""
@@ -73,9 +84,33 @@ def build(
         str | None,
         typer.Option("--output", "-o", help="the artifact's folder", show_default="artifacts/NAME"),
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32, int8, or auto: int8 where it is faster and good enough", show_default="fp32"),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="samples for INT8 calibration: a folder of images, .npz, ...", show_default=False)
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="a file from `toolchain calibrate`, in place of --data", show_default=False)
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="minmax, moving-average, percentile, entropy, mse, or auto", show_default="auto"),
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="most that INT8 may lose, such as 0.005", show_default="no budget")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="what is lost: top1, agreement, nmse, or auto", show_default="auto")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="a node that stays in float; may be repeated", show_default=False)
+    ] = None,
     eval_data: EvalData = None,
     limit: Annotated[int | None, typer.Option(help="use this many evaluation samples", show_default="all")] = None,
     opset: Annotated[int | None, typer.Option(help="of a torch export", show_default="the exporter's")] = None,
+    dim: Dims = None,
     batch_sizes: Numbers = None,
     threads: Annotated[
         str | None, typer.Option(help="as --batch-sizes; 0 is the runtime's choice", show_default="0")
@@ -96,23 +131,39 @@ def build(
     from toolchain.build import Debugging
     from toolchain.build import build as run_build
 
-    recipe = recipes.read(Path(model)) if model.endswith((".yaml", ".yml")) else recipes.Recipe(model=model)
+    recipe = (
+        recipes.read(Path(model))
+        if model.endswith((".yaml", ".yml"))
+        else recipes.from_dict({"model": model}, origin="command line")
+    )
     recipe = recipe.override(
         targets=target or None,
         weights=weights,
         seed=seed,
         name=name,
         output=output,
+        precision=precision,
+        data__calibration=data,
+        quantize__calibration=calibration,
+        quantize__method=method,
+        quantize__max_drop=max_drop,
+        quantize__metric=metric,
+        quantize__exclude=exclude or None,
         data__evaluation=eval_data,
         data__limit=limit,
         export__opset=opset,
+        dims=_dims(dim) or None,
         benchmark__batch_sizes=_numbers(batch_sizes, "--batch-sizes"),
         benchmark__threads=_numbers(threads, "--threads"),
         verify__max_nmse=max_nmse,
     )
+    if recipe.data.limit is not None and recipe.data.evaluation is None:
+        raise RecipeError("limit has no effect without evaluation data", where="--limit", hint="--eval-data FOLDER")
     with tempfile.TemporaryDirectory(prefix="toolchain-") as own, console.status("building") as on_status:
         cache = Cache(Path(own)) if no_cache else Cache()
-        built = run_build(recipe, cache=cache, debugging=Debugging(verify_each, dump_dir), on_status=on_status)
+        built = run_build(
+            recipe, cache=cache, reuse=not no_cache, debugging=Debugging(verify_each, dump_dir), on_status=on_status
+        )
     if json:
         console.print_json({"artifact": str(built.path), "up_to_date": built.up_to_date, "report": built.report})
         return
@@ -168,6 +219,7 @@ def optimize(
     dump_dir: Annotated[
         Path | None, typer.Option(help="write NN_pass.onnx here after every pass", show_default=False)
     ] = None,
+    dim: Dims = None,
     seed: Seed = None,
     json: Json = False,
 ) -> None:
@@ -180,7 +232,11 @@ def optimize(
     recipe = recipes.from_dict({"model": str(model), "passes": only or "default"}, origin="--pass")
     graph = read_onnx(model)
     specs = input_specs(graph)
-    samples = [seeded_inputs(specs, batch=1 + i, seed=(seed or 0) + i) for i in range(2)] if verify_each else []
+    samples = (
+        [seeded_inputs(specs, batch=1 + i, seed=(seed or 0) + i, dims=_dims(dim)) for i in range(2)]
+        if verify_each
+        else []
+    )
     with console.status("optimize") as on_status:
         reports = run_passes(
             graph,
@@ -221,7 +277,8 @@ def verify(
     variant: Annotated[str | None, typer.Option(help="of the artifact", show_default="the best here")] = None,
     eval_data: EvalData = None,
     limit: Annotated[int | None, typer.Option(help="use this many evaluation samples", show_default="all")] = None,
-    samples: Annotated[int, typer.Option(help="seeded inputs to compare on")] = 4,
+    samples: Annotated[int, typer.Option(help="seeded inputs to compare on", min=1)] = 4,
+    dim: Dims = None,
     max_nmse: Annotated[
         float | None, typer.Option(help="largest normalised MSE of an output", show_default="by precision")
     ] = None,
@@ -235,7 +292,7 @@ def verify(
     with console.status("verify") as on_status:
         result = verify_path(
             path, against=against, variant=variant, eval_data=eval_data, limit=limit, samples=samples,
-            max_nmse=max_nmse, layers=layers, seed=seed or 0, on_status=on_status,
+            dims=_dims(dim), max_nmse=max_nmse, layers=layers, seed=seed or 0, on_status=on_status,
         )  # fmt: skip
     if json:
         console.print_json(result)
@@ -282,10 +339,7 @@ def bench(
     duration: Annotated[float, typer.Option(help="seconds to measure at least, for each row")] = 2.0,
     count: Annotated[int, typer.Option(help="runs to measure at least; a p99 needs 662")] = 662,
     warmup: Annotated[int, typer.Option(help="runs before that")] = 10,
-    dim: Annotated[
-        list[str] | None,
-        typer.Option(help="size of a symbolic dimension, such as sequence=128", show_default=False),
-    ] = None,
+    dim: Dims = None,
     seed: Seed = None,
     json: Json = False,
 ) -> None:
@@ -296,7 +350,7 @@ def bench(
         warmup=warmup,
         duration_s=duration,
         count=count,
-        dims=dict(_dim(text) for text in dim or []),
+        dims=_dims(dim),
         seed=seed or 0,
     )
     subject = Subject(path, target=target, variant=variant)
@@ -312,7 +366,7 @@ def bench(
     if json:
         console.print_json(report)
         return
-    console.out.print(table(bench_section(report, title=f"{path} on {report.target}")))
+    console.out.print(table(bench_section(report, title=f"{path} on {report.target}"), console.out.width))
     for row in report.rows:
         if not row.valid:
             console.out.print(Text(f"batch {row.batch}: not valid, {row.reason}", style="yellow"))
@@ -330,11 +384,20 @@ def _numbers(text: str | None, option: str) -> list[int] | None:
         raise RecipeError(f"not a list of numbers: {text!r}", where=option, hint="write 1 or 1,8,32") from error
 
 
-def _dim(text: str) -> tuple[str, int]:
-    name, _, size = text.partition("=")
-    if not name or not size.isdigit():
-        raise RecipeError(f"not a dimension: {text!r}", where="--dim", hint="write NAME=SIZE, such as sequence=128")
-    return name, int(size)
+def _dims(texts: list[str] | None) -> dict[str, int]:
+    sizes = {}
+    for text in texts or []:
+        name, _, size = text.partition("=")
+        if not name or not size.isdigit():
+            raise RecipeError(f"not a dimension: {text!r}", where="--dim", hint="write NAME=SIZE, such as sequence=128")
+        sizes[name] = int(size)
+    return sizes
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        console.out.print(importlib.metadata.version("onnx-toolchain"))
+        raise typer.Exit
 
 
 def main() -> None:
@@ -349,5 +412,7 @@ def _invoke(arguments: list[str]) -> None:
     try:
         app(arguments)
     except SystemExit as done:
+        if done.code == 130:  # typer's own way of ending after Ctrl-C, without a word
+            raise KeyboardInterrupt from done
         if done.code not in (0, None):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import datetime
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +14,12 @@ from rich.text import Text
 
 import passes as pass_table
 import runtimes
+from passes._graph import constant
 from runtimes import package
 from toolchain import console, models
 from toolchain.cache import Cache, Entry
 from toolchain.doctor import diagnose
-from toolchain.recipe import commented
+from toolchain.recipe import commented, from_dict
 from toolchain.render import megabytes, table
 from toolchain.report import to_json
 
@@ -28,10 +30,14 @@ Json = Annotated[bool, typer.Option("--json", help="print the result as one line
 @looking.command()
 def init(
     model: Annotated[str, typer.Argument(help="the model to write a recipe for", show_default=False)],
+    json: Json = False,
 ) -> None:
     """Writes a commented recipe to standard output: toolchain init resnet50 > recipe.yaml."""
     models.resolve(model)
-    sys.stdout.write(commented(model))
+    if json:
+        console.print_json(from_dict({"model": model}, origin="command line").model_dump())
+    else:
+        sys.stdout.write(commented(model))
 
 
 @looking.command()
@@ -59,6 +65,10 @@ def _inspect_model(path: Path) -> dict[str, Any]:
     model = read_onnx(path)
     scopes = [model.graph, *model.graph.subgraphs(), *model.functions.values()]
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    # some exporters keep weights in Constant nodes
+    weights += [
+        t for node in model.graph if node.op_type == "Constant" and (t := constant(node.outputs[0])) is not None
+    ]
     ops = collections.Counter(
         node.op_type if not node.domain else f"{node.domain}.{node.op_type}" for g in scopes for node in g
     )
@@ -85,21 +95,30 @@ def _inspect_artifact(path: Path) -> dict[str, Any]:
         here = "runs here" if state.available else f"does not run here: {state.reason}"
         variants.append(f"{variant.name}: {variant.precision} for {variant.target}, {here}")
     metadata = found.metadata
-    with runtimes.load(path) as session:
-        inputs, outputs = [str(s) for s in session.inputs], [str(s) for s in session.outputs]
-        taken = dict(session.info)
+    try:
+        with runtimes.load(path) as session:
+            inputs, outputs = [str(s) for s in session.inputs], [str(s) for s in session.outputs]
+            taken = dict(session.info)
+    except runtimes.TargetUnavailable as error:
+        inputs, outputs, taken = [], [], {"nothing": error.what}
+    weights = {key: value for key, value in metadata["source"]["weights"].items() if value is not None}
+    latency = [
+        f"{name}: p50 {row['p50']:.3f} ms at batch {row['batch']}" + ("" if row["valid"] else " (not valid)")
+        for name, rows in (metadata.get("latency_ms") or {}).items()
+        for row in rows
+    ]
     return {
         "artifact": found.name,
         "digests": f"all {len(found.files)} files are as they were written",
         "warnings": metadata.get("warnings") or "none",
         "model": metadata["source"]["model"],
-        "weights": metadata["source"]["weights"],
+        "weights": weights,
         "inputs": inputs,
         "outputs": outputs,
         "variants": variants,
         "loads": taken,
         "preprocessing": metadata.get("preprocessing") or "none",
-        "latency": metadata.get("latency_ms"),
+        "latency": latency,
     }
 
 
@@ -202,8 +221,10 @@ def prune_cache(
 
 @cache.command("clear")
 def clear_cache(json: Json = False) -> None:
-    """Removes every entry that no running build uses."""
-    _told(Cache().clear(), json)
+    """Removes every entry that no running build uses, and the receipts of checked digests."""
+    store = Cache()
+    shutil.rmtree(store.root / "receipts", ignore_errors=True)
+    _told(store.clear(), json)
 
 
 def _told(gone: list[Entry], json: bool) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,20 @@ from toolchain.storage import reported
 NOTE = "compiled.json"
 
 
-def session_options(target: runtimes.Target, values: dict[str, Any]) -> Any:
-    """The target's typed session options from plain values; those that it does not have are refused.
+def session_options(target: runtimes.Target, values: Mapping[str, Any]) -> Any:
+    """The target's typed session options from plain values.
 
     Raises:
         InvalidInput: an option that this runtime does not have, or a value it does not take.
     """
-    return runtimes.backend(target.runtime).options_type(**values)
+    kind = runtimes.backend(target.runtime).options_type
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in known:
+            raise runtimes.InvalidInput(
+                f"target {target} has no session option {name!r}", hint=f"it has: {', '.join(sorted(known)) or 'none'}"
+            )
+    return kind(**values)
 
 
 def compile_model(model: Path, target: runtimes.Target, directory: Path, *, options: Any = None) -> runtimes.Compiled:

@@ -58,9 +58,14 @@ def class_count(model: ir.Model) -> int | None:
 
 
 def _spec(value: ir.Value) -> runtimes.TensorSpec:
-    dims = None if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
+    dims = None if value.shape is None else tuple(_dim(d if isinstance(d, int) else d.value) for d in value.shape)
     name = "unknown" if value.dtype is None else value.dtype.name.lower()
     return runtimes.TensorSpec(value.name or "", {"float": "float32", "double": "float64"}.get(name, name), dims)
+
+
+def _dim(size: int | str | None) -> int | str | None:
+    """Some exporters write -1 or 0 for a size that they do not know."""
+    return None if isinstance(size, int) and size < 0 else size
 
 
 def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
@@ -74,7 +79,26 @@ def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
     return copy
 
 
+def run_made_up(session: runtimes.Session, samples: Sequence[Feeds]) -> list[Feeds]:
+    """The outputs on inputs that were drawn, not given: where the model refuses them, a size may be why.
+
+    Raises:
+        RunFailed: with the dimensions that can be set.
+    """
+    try:
+        return [session.run(feeds) for feeds in samples]
+    except runtimes.RunFailed as error:
+        symbols = sorted({d for spec in session.inputs for d in spec.shape or () if isinstance(d, str)})
+        if not symbols:
+            raise
+        raise runtimes.RunFailed(
+            f"the model does not run on made-up inputs: {error.what}",
+            where=error.where,
+            hint=f"say what size its dimensions have: {' '.join(f'--dim {name}=SIZE' for name in symbols)}",
+        ) from error
+
+
 def run_reference(model: ir.Model, samples: Sequence[Feeds]) -> list[Feeds]:
     """The model's outputs on each sample, unoptimised."""
     with reference_session(model) as session:
-        return [session.run(feeds) for feeds in samples]
+        return run_made_up(session, samples)

@@ -17,18 +17,19 @@ import numpy as np
 import onnx_ir as ir
 
 from passes.base import graphs
-from toolchain.errors import ExportFailed
-from toolchain.export_check import BOUNDS, compare, run_module, trial_inputs
+from toolchain.errors import ExportFailed, SourceError
+from toolchain.export_check import compare, run_module, trial_inputs
 from toolchain.export_errors import export_failed, quiet
 from toolchain.metrics import TensorError
 from toolchain.models import Source, TorchModel, load_torch, versions
+from toolchain.onnx_file import check_weights, read_onnx
 from toolchain.preprocessing import ImagePreprocessing
 from toolchain.weights import Weights, file_sha256
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BOUNDS", "Exported", "export", "import_onnx"]
+__all__ = ["Exported", "compare_on", "export", "export_source", "import_onnx"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +94,6 @@ def import_onnx(source: Source) -> Exported:
     Raises:
         InvalidModel, GraphError: see ``onnx_file.read_onnx``.
     """
-    from toolchain.onnx_file import read_onnx
-
     assert source.path is not None, "an ONNX source has a file"
     model = read_onnx(source.path)
     return Exported(
@@ -116,6 +115,13 @@ def export_source(source: Source, *, weights: str = "auto", seed: int = 0, opset
         SourceError, ExportFailed, InvalidModel, GraphError: from the steps.
     """
     if source.kind == "onnx":
+        if weights != "auto" or opset is not None:
+            option = "--weights" if weights != "auto" else "--opset"
+            raise SourceError(
+                f"{option} has no effect on an ONNX file: it has its own weights and opset",
+                where=source.public,
+                hint=f"leave {option} out",
+            )
         return import_onnx(source)
     return export(load_torch(source, weights=weights, seed=seed), opset=opset)
 
@@ -124,7 +130,7 @@ def compare_on(exported: Exported, model: TorchModel, samples: Sequence[Mapping[
     """The same export, with its error against PyTorch measured on these inputs: real ones say more than drawn ones.
 
     Raises:
-        ExportFailed: an output is further from PyTorch's than ``BOUNDS``.
+        ExportFailed: an output is further from PyTorch's than ``bounds.float_bound``.
     """
     names = tuple(exported.torch_error)
     references = [
@@ -143,7 +149,7 @@ def export(model: TorchModel, *, opset: int | None = None) -> Exported:
 
     Raises:
         ExportFailed: torch.export or the translation fails, or an output is further from PyTorch's than
-            ``BOUNDS``; with the line of the user's code and what to do.
+            ``bounds.float_bound``; with the line of the user's code and what to do.
     """
     trials = trial_inputs(model)
     expected = [run_module(model, inputs) for inputs in trials]
@@ -160,6 +166,7 @@ def export(model: TorchModel, *, opset: int | None = None) -> Exported:
     _own_outputs(graph, model.input_names, names)
     _strip(graph)
     _name_axes(graph, model)
+    check_weights(graph, where="the exported graph")
     found = _opset(graph)
     if opset is not None and found != opset:
         raise ExportFailed(

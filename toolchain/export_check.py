@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from runtimes import Error
+from toolchain.bounds import float_bound
 from toolchain.errors import ExportFailed
 from toolchain.export_errors import first_line, quiet, user_line
 from toolchain.metrics import TensorError, tensor_error
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 #: the largest normalised squared error that an export may have against PyTorch, by the coarsest float among
-#: its weights and outputs. Measured: 1e-13 to 1e-11 for float32 models; a wrong graph is at 1e-2 or more.
-BOUNDS: Mapping[str, float] = {"float64": 1e-12, "float32": 1e-8, "float16": 1e-4, "bfloat16": 1e-2}
 
 
 def trial_inputs(model: TorchModel) -> list[dict[str, np.ndarray]]:
@@ -158,7 +157,7 @@ def compare(
                     hint="a size was frozen while tracing: look for int() or shape arithmetic in Python",
                 )
             distance = tensor_error(wanted, result[name])
-            if not _within(distance, wanted, graph):
+            if not _within(distance, graph):
                 raise ExportFailed(
                     f"{name} differs from PyTorch by nmse {distance.nmse:.2g}, at most {distance.max_abs:.2g}",
                     where=shapes,
@@ -169,10 +168,8 @@ def compare(
     return worst
 
 
-def _within(error: TensorError, reference: np.ndarray, graph: ir.Model) -> bool:
-    dtypes = [value.const_value.dtype for value in graph.graph.initializers.values() if value.const_value is not None]
-    floats = {str(reference.dtype), *(dtype.numpy().name for dtype in dtypes)} & set(BOUNDS)
-    bound = max((BOUNDS[name] for name in floats), default=0.0)
+def _within(error: TensorError, graph: ir.Model) -> bool:
+    limit = float_bound(graph)
     if math.isinf(error.nmse) and not math.isinf(error.max_abs):
-        return error.max_abs**2 <= bound  # PyTorch gives zeros throughout: there is nothing to be relative to
-    return error.nmse <= bound
+        return error.max_abs**2 <= limit  # PyTorch gives zeros throughout: there is nothing to be relative to
+    return error.nmse <= limit

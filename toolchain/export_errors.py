@@ -38,15 +38,18 @@ _HINTS = (
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silences what torch and its exporter say on the way; warnings of other origin are shown afterwards."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    # What they log on the way to an error is pages long; the error itself is told in export_failed.
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
     for warning in caught:
         if not issubclass(warning.category, (FutureWarning, DeprecationWarning)) and not is_library(warning.filename):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -110,9 +110,9 @@ def resolve(text: str) -> Source:
         name = path.stem if function in ("factory", "model", "main", "build", "create") else function
         return Source("factory", _slug(name), f"{path.name}:{function}", path=path, function=function)
     path = Path(text)
-    if path.suffix in (".onnx", ".pt2"):
+    if path.suffix.lower() in (".onnx", ".pt2"):
         _require_file(path, text)
-        return Source("onnx" if path.suffix == ".onnx" else "pt2", _slug(path.stem), path.name, path=path)
+        return Source("onnx" if path.suffix.lower() == ".onnx" else "pt2", _slug(path.stem), path.name, path=path)
     raise _unknown(text, path)
 
 
@@ -138,10 +138,12 @@ def _library(kind: Kind, rest: str, text: str) -> Source:
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-") or "model"
+    return re.sub(r"[^\w.-]+", "_", name).strip("._-") or "model"
 
 
 def _require_file(path: Path, text: str) -> None:
+    if path.is_dir():
+        raise SourceError("a folder, not a file", where=text, hint="name the model file in it")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, _neighbours(path), n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "check the path"

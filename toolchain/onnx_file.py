@@ -8,9 +8,10 @@ onnx's own checker with type inference in a child process, since native code has
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
-import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,8 @@ import onnx_ir as ir
 from passes.base import graphs
 from runtimes import InvalidModel
 from runtimes.model_file import check_model_file
-from toolchain.errors import GraphError
+from toolchain import child
+from toolchain.errors import GraphError, StorageError
 from toolchain.storage import reported
 
 #: Protobuf ends at 2 GiB; from here on the weights go beside the file.
@@ -89,7 +91,7 @@ def _sparse_initializers(graph: onnx.GraphProto) -> Iterator[str]:
 
 def _check_in_child(path: Path) -> None:
     """Runs ``onnx.checker`` with type inference in a process of its own."""
-    command = [sys.executable, "-m", "toolchain._check_onnx", str(path)]
+    command = child.command("toolchain._check_onnx", str(path))
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=_CHECK_SECONDS, check=False
@@ -152,11 +154,23 @@ def write_onnx(model: ir.Model, path: Path) -> None:
         for value in graph.initializers.values()
         if value.const_value is not None
     )
+    if path.exists() and not path.is_file():
+        raise StorageError(
+            f"cannot write {path.name}: what is there is no plain file", where=str(path), hint="write elsewhere"
+        )
+    # Written beside and renamed: a full disk leaves what was there, not half a model.
+    working = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     with reported(path, path.name):
-        if size >= EXTERNAL_DATA_FROM:
-            ir.save(model, path, external_data=f"{path.name}.data")
-        else:
-            path.write_bytes(ir.to_proto(_loaded(model)).SerializeToString())
+        try:
+            working.mkdir()
+            if size >= EXTERNAL_DATA_FROM:
+                ir.save(model, working / path.name, external_data=f"{path.name}.data")
+            else:
+                (working / path.name).write_bytes(ir.to_proto(_loaded(model)).SerializeToString())
+            for file in sorted(working.iterdir(), reverse=True):  # the data first: the model must find it
+                file.replace(path.parent / file.name)
+        finally:
+            shutil.rmtree(working, ignore_errors=True)
 
 
 def _loaded(model: ir.Model) -> ir.Model:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import passes
 from passes._shapes import skeleton
 from passes.base import Declined, PassFailed, graphs
+from toolchain.bounds import float_bound
 from toolchain.errors import GraphError
 from toolchain.evaluate import Feeds, run_reference
 from toolchain.metrics import tensor_error
@@ -21,9 +22,6 @@ from toolchain.onnx_file import write_onnx
 from toolchain.progress import Status, silent
 from toolchain.recipe import PassStep
 from toolchain.storage import reported
-
-#: A pass that keeps the meaning of a graph stays within this normalised MSE per output, by the narrowest float in it.
-STEP_BOUND = {"float32": 1e-8, "float16": 1e-4, "bfloat16": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -152,16 +150,9 @@ def check_graph(model: ir.Model) -> None:
     onnx.checker.check_model(proto, full_check=True)
 
 
-def step_bound(model: ir.Model) -> float:
-    """The bound of STEP_BOUND for the narrowest float type that the graph computes in."""
-    names = {value.dtype.name.lower() for node in model.graph for value in node.outputs if value.dtype is not None}
-    names |= {value.dtype.name.lower() for value in model.graph.inputs if value.dtype is not None}
-    return max(bound for name, bound in STEP_BOUND.items() if name in names or name in ("float", "float32"))
-
-
 def _compare_steps(model: ir.Model, name: str, before: list[Feeds], after: list[Feeds]) -> float:
     worst = 0.0
-    bound = step_bound(model)
+    bound = float_bound(model)
     for was, now in zip(before, after, strict=True):
         for output, expected in was.items():
             if output not in now or now[output].shape != expected.shape or now[output].dtype != expected.dtype:

@@ -18,12 +18,12 @@ from runtimes import Error, Target
 from toolchain.errors import RecipeError
 from toolchain.storage import reported
 
-Precision = Literal["fp32"]
+Precision = Literal["fp32", "int8", "auto"]
 
 
 class _Section(pydantic.BaseModel):
     # strict: "8" is not 8 and 1 is not true; frozen: a recipe is a value
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class PassStep(_Section):
@@ -55,11 +55,25 @@ class Export(_Section):
 
 
 class Data(_Section):
-    """Labelled samples that accuracy is measured on."""
+    """Samples: labelled ones that accuracy is measured on, and those that INT8 ranges are measured on."""
 
     evaluation: str | None = None
     limit: Annotated[int, pydantic.Field(ge=1)] | None = None
+    calibration: str | None = None
+    calibration_limit: Annotated[int, pydantic.Field(ge=1)] | None = 512
     batch_size: Annotated[int, pydantic.Field(ge=1)] = 25
+
+
+class Quantize(_Section):
+    """How INT8 is reached, and what it may cost."""
+
+    calibration: str | None = None
+    method: Literal["auto", "minmax", "moving-average", "percentile", "entropy", "mse"] = "auto"
+    percentile: Annotated[float, pydantic.Field(gt=50, le=100)] = 99.99
+    weights: Literal["amax", "mse"] = "amax"
+    exclude: list[str] = []
+    max_drop: Annotated[float, pydantic.Field(ge=0)] | None = None
+    metric: Literal["auto", "top1", "agreement", "nmse"] = "auto"
 
 
 class Verify(_Section):
@@ -100,12 +114,19 @@ class Recipe(_Section):
     output: str | None = None
     precision: Precision = "fp32"
     targets: Annotated[list[str], pydantic.Field(min_length=1)] = ["ort-cpu"]
+    dims: dict[str, Annotated[int, pydantic.Field(ge=1)]] = {}
     export: Export = Export()
     passes: Literal["default"] | list[PassStep] = "default"
     data: Data = Data()
+    quantize: Quantize = Quantize()
     verify: Verify = Verify()
     benchmark: Benchmark = Benchmark()
     session: SessionConfig = SessionConfig()
+
+    @pydantic.field_validator("export", "data", "quantize", "verify", "benchmark", "session", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        return {} if value is None else value  # `verify:` with nothing below it
 
     @pydantic.field_validator("targets")
     @classmethod
@@ -129,7 +150,15 @@ class Recipe(_Section):
                 "model": _without_folder(self.model),
                 "weights": _without_folder(self.weights),
                 "output": None,
-                "data": self.data.model_copy(update={"evaluation": _without_folder(self.data.evaluation)}),
+                "data": self.data.model_copy(
+                    update={
+                        "evaluation": _without_folder(self.data.evaluation),
+                        "calibration": _without_folder(self.data.calibration),
+                    }
+                ),
+                "quantize": self.quantize.model_copy(
+                    update={"calibration": _without_folder(self.quantize.calibration)}
+                ),
             }
         )
 
@@ -176,6 +205,7 @@ def read(path: Path) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe: {error}", where=str(path)) from error
     try:
+        _refuse_aliases(text, str(path))
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         marks: dict[tuple[Any, ...], int] = {}
         _collect_marks(node, (), marks, str(path))
@@ -192,6 +222,14 @@ def read(path: Path) -> Recipe:
             hint="toolchain init resnet50 > recipe.yaml writes one",
         )
     return from_dict(tree, origin=str(path), marks=marks)
+
+
+def _refuse_aliases(text: str, path: str) -> None:
+    """An alias repeats a part of the document, and a few of them make it grow without bounds."""
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken):
+            line = token.start_mark.line + 1
+            raise RecipeError(f"alias *{token.value}: a recipe has none", where=f"{path}:{line}", hint="write it out")
 
 
 def _collect_marks(node: yaml.Node | None, at: tuple[Any, ...], marks: dict[tuple[Any, ...], int], path: str) -> None:
@@ -285,10 +323,13 @@ seed: 0
 # name: my-model
 # output: artifacts/my-model
 
-# fp32 is what this version builds
+# fp32; int8, which needs data.calibration or quantize.calibration; or auto: both where int8 is faster and good enough
 precision: fp32
 # One variant is built for each; `toolchain targets` lists them
 targets: [ort-cpu]
+
+# Sizes of symbolic dimensions where inputs are made up, such as {{sequence: 128}}
+dims: {{}}
 
 export:
   # The ONNX opset of a torch export, 18 to 25; null is the exporter's own choice
@@ -303,7 +344,25 @@ data:
   # Labelled images (a folder a class), a .npz with `labels`, or FILE.py:FUNCTION; null measures no accuracy
   evaluation: null
   limit: null
+  # Samples for INT8 calibration, spelled the same way; labels are not needed
+  calibration: null
+  calibration_limit: 512
   batch_size: 25
+
+quantize:
+  # A file from `toolchain calibrate` in place of data.calibration
+  calibration: null
+  # auto takes for each tensor the one with the least error of: minmax, moving-average, percentile, entropy, mse
+  method: auto
+  percentile: 99.99
+  # Weight scales: amax covers the largest weight, mse clips where the squared error is least
+  weights: amax
+  # Nodes that stay in float, by name
+  exclude: []
+  # The most that may be lost, such as 0.005; the fewest layers are returned to float for it. null ships what comes out
+  max_drop: null
+  # What is lost: top1 (labels), agreement with float32, nmse of the outputs; auto is the first that the data allows
+  metric: auto
 
 verify:
   # Inputs on which the artifact is compared with the exported model

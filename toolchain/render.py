@@ -18,8 +18,11 @@ _DECLINED_SHOWN = 3
 
 
 def megabytes(size: float) -> str:
-    """Bytes as MB of 10^6."""
-    return f"{size / 1e6:.1f} MB"
+    """Bytes as kB, MB or GB, of powers of 1000."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"
 
 
 def decibels(error: TensorError) -> str:
@@ -47,11 +50,26 @@ def described_weights(report: BuildReport) -> str:
     return f"{kind} ({origin or 'seed ' + str(report.weights.get('seed'))})"
 
 
+def _loss(metric: str, value: float) -> str:
+    """A loss in words: points of accuracy, share of samples, or noise over signal."""
+    if metric == "top1":
+        return f"{100 * value:.2f} points of top-1"
+    return f"{100 * value:.2f} % other class" if metric == "agreement" else f"{value:.2g} noise/signal"
+
+
 def sections(report: BuildReport) -> list[Rows]:
     """The report's tables as (title, header, rows): one source for the terminal and the page."""
     found: list[Rows] = []
+    header: Sequence[str]
     rows: list[tuple[str, ...]] = [
-        (v.name, v.target, v.precision, megabytes(v.size), milliseconds(v.benchmark.rows[0].percentiles_ms[50]))
+        (
+            v.name,
+            v.target,
+            v.precision,
+            megabytes(v.size),
+            milliseconds(v.benchmark.rows[0].percentiles_ms[50]),
+            "yes" if v.benchmark.rows[0].valid else "not valid, see below",
+        )
         for v in report.variants
     ]
     header = (
@@ -60,6 +78,7 @@ def sections(report: BuildReport) -> list[Rows]:
         "precision",
         "model size",
         f"p50 ms, batch {report.variants[0].benchmark.rows[0].batch}",
+        "valid",
     )
     found.append(("Variants, best first", header, rows))
     rows = [
@@ -72,6 +91,30 @@ def sections(report: BuildReport) -> list[Rows]:
             for name, e in variant.fidelity.outputs.items()
         ]
     found.append(("Fidelity", ("compared", "output", "largest error", "SQNR", "top-1 agreement"), rows))
+    rows = [
+        (
+            v.name,
+            str(v.int8.quantised),
+            _loss(v.int8.metric, v.int8.drop),
+            _loss(v.int8.metric, v.int8.full_drop),
+            "-" if v.int8.max_drop is None else _loss(v.int8.metric, v.int8.max_drop),
+            str(v.int8.evaluations),
+            f"{v.int8.data} ({v.int8.samples})",
+        )
+        for v in report.variants
+        if v.int8
+    ]
+    if rows:
+        header = ("variant", "nodes in INT8", "loss", "all in INT8", "budget", "evaluations", "judged on")
+        found.append(("INT8 against float32", header, rows))
+    rows = [
+        (r.node, r.op_type, f"{r.nmse:.2g}", "-" if r.cost_ms is None else f"{r.cost_ms:+.3f} ms")
+        for v in report.variants
+        if v.int8
+        for r in v.int8.returned
+    ]
+    if rows:
+        found.append(("Left in float for the budget", ("node", "op", "own noise/signal", "costs"), rows))
     rows = [
         (v.name, label, percent(top1), percent(top5), str(v.accuracy.samples), percent(v.accuracy.agreement))
         for v in report.variants
@@ -139,6 +182,8 @@ def notes(report: BuildReport) -> list[str]:
     lines = []
     for variant in report.variants:
         bench = variant.benchmark
+        if variant.remark:
+            lines.append(f"{variant.name}: {variant.remark}")
         lines += [f"{variant.name}, batch {r.batch}: not valid, {r.reason}" for r in bench.rows if not r.valid]
         lines += [f"{variant.name}: {text}" for key, text in bench.info.items() if key == "remarks" and text]
         runtime = next((f"{k} {v}" for k, v in bench.packages.items() if k.startswith("onnxruntime")), "")
@@ -158,12 +203,17 @@ def numeric(section: Rows) -> list[bool]:
     ]
 
 
-def table(section: Rows) -> Table:
-    """A section as a terminal table, numbers to the right."""
+def table(section: Rows, width: int | None = None) -> Table:
+    """A section as a terminal table, numbers to the right. Where a wide one with few rows does not fit, each of its
+    rows becomes a column, so that no number is broken."""
     title, header, rows = section
+    needed = sum(max(len(row[i]) for row in (header, *rows)) + 2 for i in range(len(header)))
+    if width is not None and needed > width and 0 < len(rows) <= 4 and len(header) > 6:
+        header, *rows = zip(header, *rows, strict=True)
+        section = (title, header, rows)
     made = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
     for name, right in zip(header, numeric(section), strict=True):
-        made.add_column(name, justify="right" if right else "left", overflow="fold")
+        made.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made
@@ -180,7 +230,7 @@ def show(report: BuildReport, console: Console) -> None:
     )
     parts: list[Table | Text] = []
     for section in sections(report):
-        parts += [Text(""), table(section)]
+        parts += [Text(""), table(section, console.width)]
     parts += [Text("")] + [Text(line, style="dim") for line in notes(report)]
     console.print(Group(*parts))
 

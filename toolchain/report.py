@@ -12,6 +12,7 @@ import pydantic
 from toolchain.benchmark import BenchReport
 from toolchain.metrics import TensorError
 from toolchain.optimize import PassReport
+from toolchain.quantization import Int8Report
 from toolchain.verify import Accuracy, Fidelity
 
 T = TypeVar("T")
@@ -28,7 +29,14 @@ class StageReport:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class VariantReport:
-    """One variant: what was measured on the files that are in the artifact."""
+    """One variant: what was measured on the files that are in the artifact.
+
+    Attributes:
+        name, target, precision: of the variant.
+        size: bytes of the portable model.
+        int8: how it was quantised; None at other precisions.
+        remark: what a reader should know besides.
+    """
 
     name: str
     target: str
@@ -37,6 +45,8 @@ class VariantReport:
     fidelity: Fidelity
     accuracy: Accuracy | None
     benchmark: BenchReport
+    int8: Int8Report | None = None
+    remark: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -43,6 +43,14 @@ def seeded_inputs(
     for name, size in (*sizes.items(), ("batch", batch)):
         if size < 1:
             raise DataError(f"dimension {name} is {size}", hint="sizes are at least 1")
+    known = {dim for spec in specs for dim in spec.shape or () if isinstance(dim, str)}
+    for name in dims or {}:
+        if name not in known:
+            raise DataError(
+                f"no input has a dimension {name!r}",
+                where=f"{name}={sizes[name]}",
+                hint=f"there are: {', '.join(sorted(known)) or 'none, all sizes are fixed'}",
+            )
     return {spec.name: _values(spec, _shape(spec, sizes, batch), seed) for spec in specs}
 
 

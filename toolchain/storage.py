@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
+import re
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +25,16 @@ REASONS = {
     errno.EPERM: "there is no permission to write there",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EIO: "the disk reported an input/output error",
+    errno.ENOENT: "there is no such folder",
+    errno.EISDIR: "there is a folder of that name",
+    errno.EEXIST: "there is a file of that name",
+    errno.EFBIG: "the file is larger than the file system takes",
+    errno.ENAMETOOLONG: "the name is too long",
 }
 
 
 @contextlib.contextmanager
-def reported(path: Path, what: str, *, hint: str = "free some space or write elsewhere") -> Iterator[None]:
+def reported(path: Path, what: str, *, hint: str | None = None) -> Iterator[None]:
     """Turns the operating system's refusal to write into a StorageError that names the place."""
     try:
         yield
@@ -34,7 +42,11 @@ def reported(path: Path, what: str, *, hint: str = "free some space or write els
         reason = REASONS.get(error.errno or 0)
         if reason is None:
             raise
-        raise StorageError(f"cannot write {what}: {reason}", where=str(error.filename or path), hint=hint) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        next_step = hint or ("free some space or write elsewhere" if full else "write elsewhere")
+        raise StorageError(
+            f"cannot write {what}: {reason}", where=str(error.filename or path), hint=next_step
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -59,7 +71,8 @@ def replacing_directory(destination: Path, what: str) -> Iterator[Path]:
     """Gives an empty folder beside ``destination`` that takes its place when the block ends without an error.
 
     Whoever looks sees the old folder or the new one, whole, also when the process is killed: the two
-    are exchanged in one system call where the system has it (Linux), else by two renames.
+    are exchanged in one system call where the system has it (Linux), else by two renames. What was in the old
+    folder is gone afterwards: the caller makes sure that it may go.
 
     Raises:
         StorageError: the disk is full, read-only or not writable.
@@ -67,24 +80,28 @@ def replacing_directory(destination: Path, what: str) -> Iterator[Path]:
     # abspath, not resolve: when the destination is a link, what it points to is replaced by a real folder.
     destination = Path(os.path.abspath(destination))
     with reported(destination, what):
-        if destination.exists() and not destination.is_dir():
-            raise StorageError(
-                f"cannot write {what}: a file is in the way",
-                where=str(destination),
-                hint="choose another --output",
-            )
         destination.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_abandoned(destination)
         working = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:12]}")
         working.mkdir()
         try:
             yield working
             _fsync_tree(working)
-            if destination.exists():
-                _exchange(working, destination)
-            else:
+            try:
                 working.rename(destination)
+            except OSError as error:  # there is one, perhaps since a moment ago, from another build
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                _exchange(working, destination)
         finally:
             shutil.rmtree(working, ignore_errors=True)
+
+
+def _sweep_abandoned(destination: Path) -> None:
+    """Removes what killed writers of this folder left beside it, once it is a day old."""
+    for path in destination.parent.glob(f".{glob.escape(destination.name)}.*"):
+        if re.fullmatch(r"[0-9a-f]{12}", path.suffix[1:]) and time.time() - path.stat().st_mtime > 86_400:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _fsync_tree(root: Path) -> None:

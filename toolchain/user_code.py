@@ -43,7 +43,7 @@ def _running(path: Path, error: type[Error]) -> Iterator[None]:
     sys.path.insert(0, folder)
     try:
         yield
-    except Exception as cause:
+    except (Exception, SystemExit) as cause:
         raise explain(cause, path, error=error) from cause
     finally:
         sys.path.remove(folder)
@@ -94,7 +94,7 @@ def call(function: Callable[[], Any], path: Path, *, error: type[Error]) -> Any:
         return function()
 
 
-def explain(cause: Exception, path: Path, *, error: type[Error]) -> Error:
+def explain(cause: BaseException, path: Path, *, error: type[Error]) -> Error:
     """An error that shows the line of the user's own file at which ``cause`` came up."""
     if isinstance(cause, error):
         return cause

@@ -16,10 +16,6 @@ from toolchain.evaluate import Feeds, reference_session
 from toolchain.metrics import TensorError, tensor_error
 from toolchain.progress import Status, silent
 
-#: Largest normalised MSE of any output that an artifact of this precision may have: 80 dB for float32,
-#: four orders above what reordered float32 sums were measured to give on the zoo.
-BOUNDS = {"fp32": 1e-8}
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fidelity:
@@ -27,7 +23,7 @@ class Fidelity:
 
     Attributes:
         outputs: for each output its error over all samples taken as one tensor.
-        samples: on how many inputs.
+        samples: on how many samples (batch entries).
         inputs: what they were: "evaluation data", or "seeded random".
         bound: largest normalised MSE that was allowed.
     """
@@ -104,7 +100,8 @@ def compare(
                 )
             pairs.append((expected, got))
         outputs[name] = _pooled(pairs)
-    return Fidelity(outputs, len(samples), inputs, bound)
+    count = sum(len(next((a for a in feeds.values() if a.ndim), [0])) for feeds in samples)
+    return Fidelity(outputs, count, inputs, bound)
 
 
 def _pooled(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> TensorError:
@@ -209,10 +206,18 @@ def measure_accuracy(
     )
 
 
-def _logits(outputs: Feeds, data: str) -> np.ndarray:
+def class_scores(outputs: Feeds) -> np.ndarray | None:
+    """The first output of class scores, [batch, classes] of a float type; None where there is none."""
     for array in outputs.values():
         if array.ndim == 2 and array.dtype.kind == "f" and array.shape[1] > 1:
             return array
+    return None
+
+
+def _logits(outputs: Feeds, data: str) -> np.ndarray:
+    found = class_scores(outputs)
+    if found is not None:
+        return found
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in outputs.items())
     raise DataError(
         f"this model has no output of class scores [batch, classes]; it gives {shapes}",

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import runtimes
-from runtimes import package
+from runtimes import InvalidModel, package
 from toolchain.artifact import EXPORTED
+from toolchain.bounds import bound as bound_of
 from toolchain.data import open_dataset
 from toolchain.errors import FidelityError
-from toolchain.evaluate import class_count, input_specs, reference_session
+from toolchain.evaluate import class_count, input_specs, reference_session, run_made_up
 from toolchain.onnx_file import read_onnx
 from toolchain.preprocessing import ImagePreprocessing
 from toolchain.progress import Status
 from toolchain.seeded import seeded_inputs
-from toolchain.verify import BOUNDS, Accuracy, Fidelity, LayerError, compare, compare_layers, measure_accuracy
+from toolchain.verify import Accuracy, Fidelity, LayerError, compare, compare_layers, measure_accuracy
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ def verify_path(
     eval_data: str | None,
     limit: int | None,
     samples: int,
+    dims: Mapping[str, int],
     max_nmse: float | None,
     layers: bool,
     seed: int,
@@ -59,6 +63,8 @@ def verify_path(
         InvalidArtifact, InvalidModel, GraphError, DataError: what is named cannot be used.
         FidelityError: the two do not have the same outputs.
     """
+    if not path.exists():
+        raise InvalidModel("there is no such artifact or model", where=str(path), hint="check the path")
     preprocessing, labels, offset, precision = None, None, 0, "fp32"
     model_file: Path | None = path
     if path.is_dir():
@@ -75,28 +81,32 @@ def verify_path(
         raise FidelityError("what is it to be compared with?", where=str(path), hint="--against REFERENCE.onnx")
     reference = read_onnx(against)
     specs = input_specs(reference)
-    feeds = [seeded_inputs(specs, batch=1 + i % 2, seed=seed + i) for i in range(samples)]
     dataset = None
+    feeds = [seeded_inputs(specs, batch=1 + i % 2, seed=seed + i, dims=dims) for i in range(samples)]
     if eval_data is not None:
         dataset = open_dataset(
-            eval_data, inputs=specs, preprocessing=preprocessing, limit=limit, class_names=labels,
-            class_count=class_count(reference), label_offset=offset,
-        )  # fmt: skip
+            eval_data,
+            inputs=specs,
+            preprocessing=preprocessing,
+            limit=limit,
+            class_names=labels,
+            class_count=class_count(reference),
+            label_offset=offset,
+        )
+        feeds = [batch.inputs for batch in itertools.islice(dataset, samples)]
     accuracy = None
-    with runtimes.load(path, variant=variant if path.is_dir() else None) as session:
-        with reference_session(reference) as oracle:
-            expected = [oracle.run(feed) for feed in feeds]
-            bound = BOUNDS[precision] if max_nmse is None else max_nmse
-            fidelity = compare(expected, session, feeds, bound=bound, inputs="seeded random")
-            if dataset is not None:
-                accuracy = measure_accuracy(
-                    oracle,
-                    session,
-                    dataset,
-                    data=dataset.name,
-                    total=dataset.len_hint,
-                    on_status=on_status,
-                )
+    with (
+        runtimes.load(path, variant=variant if path.is_dir() else None) as session,
+        reference_session(reference) as oracle,
+    ):
+        expected = run_made_up(oracle, feeds)
+        bound = bound_of(precision, reference) if max_nmse is None else max_nmse
+        inputs = "seeded random" if dataset is None else "evaluation data"
+        fidelity = compare(expected, session, feeds, bound=bound, inputs=inputs)
+        if dataset is not None:
+            accuracy = measure_accuracy(
+                oracle, session, dataset, data=dataset.name, total=dataset.len_hint, on_status=on_status
+            )
     compared: list[LayerError] = []
     if layers and model_file is not None:
         compared = compare_layers(reference, read_onnx(model_file), feeds[0])

@@ -85,9 +85,9 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # UnpicklingError, RuntimeError, EOFError, KeyError ...: all mean "not readable"
-            reason = str(error).strip().split("\n")[0]
+            # Not torch's own words: they advise to unpickle.
             raise SourceError(
-                f"weights are not readable without unpickling: {type(error).__name__}: {reason}",
+                f"weights are not readable without unpickling ({type(error).__name__})",
                 where=str(path),
                 hint="save them with safetensors, or as a plain state_dict with torch.save",
             ) from error

@@ -19,10 +19,11 @@ import torch
 
 from runtimes import TensorSpec
 from toolchain import export_check
+from toolchain.bounds import FLOAT_BOUNDS
 from toolchain.data import open_dataset
 from toolchain.errors import ExportFailed
 from toolchain.evaluate import run_reference
-from toolchain.export import BOUNDS, Exported, compare_on, export, import_onnx
+from toolchain.export import Exported, compare_on, export, import_onnx
 from toolchain.models import TorchModel, load_torch, resolve
 
 
@@ -61,7 +62,7 @@ def test_zoo_names_and_axes(resnet18: tuple[TorchModel, Exported]) -> None:
 def test_error_is_measured_and_bounded(resnet18: tuple[TorchModel, Exported]) -> None:
     _, exported = resnet18
     error = exported.torch_error["logits"]
-    assert 0 <= error.nmse < BOUNDS["float32"] / 1000
+    assert 0 <= error.nmse < FLOAT_BOUNDS["float32"] / 1000
     assert error.top1_agreement == 1.0
 
 
@@ -278,7 +279,7 @@ def test_other_float_types_have_their_own_bound(tmp_path: Path, dtype: str) -> N
             return module, torch.rand(2, 8).to(torch.{dtype})
         """
     exported = export(_factory(tmp_path, body))
-    assert exported.torch_error["output"].nmse <= BOUNDS[dtype]
+    assert exported.torch_error["output"].nmse <= FLOAT_BOUNDS[dtype]
 
 
 def test_dynamic_axes_of_the_users_own(tmp_path: Path) -> None:

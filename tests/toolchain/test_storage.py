@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -66,14 +67,26 @@ def test_killed_at_any_moment_the_folder_is_whole(tmp_path: Path) -> None:
         assert len({(there / name).read_text() for name in "abc"}) == 1
 
 
-def test_a_file_in_the_way(tmp_path: Path) -> None:
-    (tmp_path / "artifact").write_text("mine")
-    with (
-        pytest.raises(StorageError, match="a file is in the way"),
-        storage.replacing_directory(tmp_path / "artifact", "the artifact"),
-    ):
-        pytest.fail("must not be entered")
-    assert (tmp_path / "artifact").read_text() == "mine"
+def test_another_writer_was_first(tmp_path: Path) -> None:
+    """Two writers of a folder that was not there: the later one replaces the other's."""
+    there = tmp_path / "artifact"
+    with storage.replacing_directory(there, "the artifact") as slow:
+        (slow / "data").write_text("slow")
+        with storage.replacing_directory(there, "the artifact") as fast:
+            (fast / "data").write_text("fast")
+    assert (there / "data").read_text() == "slow"
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_what_killed_writers_left_is_swept_after_a_day(tmp_path: Path) -> None:
+    old, young, other = (tmp_path / f".{name}" for name in ("a.0123456789ab", "a.ba9876543210", "a.not-ours"))
+    for path in (old, young, other):
+        path.mkdir()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    with storage.replacing_directory(tmp_path / "a", "the artifact"):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.ba9876543210", ".a.not-ours", "a"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
@@ -84,5 +97,5 @@ def test_a_full_disk_is_a_typed_error() -> None:
 
 
 def test_other_errors_of_the_system_are_not_swallowed(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), storage.reported(tmp_path, "it"):
-        os.stat(tmp_path / "absent")
+    with pytest.raises(OSError, match="Invalid argument"), storage.reported(tmp_path, "it"):
+        raise OSError(errno.EINVAL, "Invalid argument")

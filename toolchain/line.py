@@ -1,0 +1,505 @@
+"""The stages of a build and their keys: what each makes, and under which name the cache keeps it.
+
+Every stage is content-addressed: its key covers the key of the stage before, its own options, our code and
+the packages that it uses. What a stage needs of an earlier one is read back from the cache if that did not run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import onnx_ir as ir
+
+import runtimes
+from passes._quant import Calibration
+from toolchain import calibration_file, models
+from toolchain.artifact import Variant, check_destination
+from toolchain.benchmark import BenchReport, Plan, Subject, benchmark
+from toolchain.bounds import bound as bound_of
+from toolchain.cache import Cache, digest_of
+from toolchain.calibration import calibrate
+from toolchain.compile import compile_model, read_compiled, session_options
+from toolchain.data import Batch, Dataset, open_dataset
+from toolchain.errors import DataError, StorageError
+from toolchain.evaluate import Feeds, class_count, input_specs, reference_session, run_made_up
+from toolchain.export import Exported, compare_on, export, export_source
+from toolchain.machine import cpu_model, package_versions, usable_cores
+from toolchain.onnx_file import write_onnx
+from toolchain.optimize import optimize
+from toolchain.progress import Status
+from toolchain.quantization import Int8Report, Judge, quantise_within_budget
+from toolchain.recipe import Recipe, SessionConfig
+from toolchain.report import StageReport, VariantReport, dumps, from_json
+from toolchain.seeded import seeded_inputs
+from toolchain.verify import Accuracy, Fidelity, compare, measure_accuracy, require
+
+T = TypeVar("T")
+
+#: What a build states; a p90 takes 64 samples, ``toolchain bench`` goes on to p99.
+PERCENTILES = (50, 90)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Debugging:
+    """What a build may do besides, see ``optimize``; with either of them nothing after the export is reused."""
+
+    verify_each: bool = False
+    dump_dir: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lowered:
+    """The graph of one target at one precision: its key, the folder of ``model.onnx``, and how INT8 came about."""
+
+    precision: str
+    key: str
+    folder: Path
+    int8: Int8Report | None
+
+
+class Line:
+    """One build on its way: its keys, the stages behind them, and the cache entries that it holds.
+
+    Args:
+        recipe: what to build.
+        cache: where results of stages are kept and found.
+        debugging: what to look into on the way.
+        on_status: is called with a word on what is going on.
+        held: keeps the cache entries that were read from being evicted, as long as it is open.
+    """
+
+    def __init__(
+        self, recipe: Recipe, cache: Cache, debugging: Debugging, on_status: Status, held: contextlib.ExitStack
+    ) -> None:
+        self.recipe = recipe
+        self.cache = cache
+        self.debugging = debugging
+        self.on_status = on_status
+        self.held = held
+        self.stages: list[StageReport] = []
+        self._folders: dict[tuple[str, str], Path] = {}
+        self.source = models.resolve(recipe.model)
+        self.targets = [runtimes.Target.parse(text) for text in recipe.targets]
+        self.name = recipe.name or self.source.name
+        self.destination = Path(recipe.output or Path("artifacts") / self.name)
+        check_destination(self.destination)
+
+    # The keys, each covering the one before.
+
+    @functools.cached_property
+    def export_key(self) -> str:
+        """Of the exported graph: the source's content, our code, the packages."""
+        return digest_of(
+            {
+                "stage": "export",
+                "code": code_digest(),
+                "packages": package_versions(),
+                "source": models.fingerprint(self.source, weights=self.recipe.weights, seed=self.recipe.seed),
+                "opset": self.recipe.export.opset,
+                "compared_on": _identity(self.recipe.data.evaluation),
+            }
+        )
+
+    @functools.cached_property
+    def optimize_key(self) -> str:
+        """Of the optimised graph."""
+        steps = [step.model_dump() for step in self.recipe.pipeline()]
+        once = uuid.uuid4().hex if self.debugging != Debugging() else None
+        return digest_of({"stage": "optimize", "export": self.export_key, "steps": steps, "once": once})
+
+    @functools.cached_property
+    def build_key(self) -> str:
+        """Covers all that the artifact says."""
+        datasets = [None if d is None else d.fingerprint() for d in (self.evaluation, self.calibration_data)]
+        return digest_of(
+            {
+                "optimized": self.optimize_key,
+                "recipe": self.recipe.model_dump(),
+                "data": datasets,
+                "calibration": self.calibration_file_digest,
+                "machine": [cpu_model(), usable_cores()],
+            }
+        )
+
+    @functools.cached_property
+    def calibration_file_digest(self) -> str | None:
+        """SHA-256 of the calibration file that the recipe names."""
+        name = self.recipe.quantize.calibration
+        if name is None:
+            return None
+        try:
+            return hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        except OSError as error:
+            raise DataError(f"cannot read the calibration: {error.strerror}", where=name) from error
+
+    # The stages.
+
+    def stage(self, name: str, key: str, make: Callable[[Path], None]) -> Path:
+        """The folder of the stage's result: from the cache, or made now."""
+        if (name, key) in self._folders:
+            return self._folders[name, key]
+        started = time.perf_counter()
+        cached = True
+        for _ in range(3):  # another build may evict what was just written; then it is made again
+            path = self.held.enter_context(self.cache.reading(name, key))
+            if path is not None:
+                self.stages.append(StageReport(name, time.perf_counter() - started, cached))
+                self._folders[name, key] = path
+                return path
+            cached = False
+            self.on_status(name)
+            with self.cache.writing(name, key) as working:
+                try:
+                    make(working)
+                except runtimes.Error as error:
+                    if error.where and str(self.cache.root) in error.where:  # of no use to the user, and gone by then
+                        error.where = f"{self.source.public}, {name}"
+                    raise
+        raise StorageError(
+            f"the result of {name} vanished from the cache while it was in use",
+            where=str(self.cache.root),
+            hint="raise TOOLCHAIN_CACHE_SIZE, or give this build its own TOOLCHAIN_CACHE",
+        )
+
+    @functools.cached_property
+    def exported(self) -> Path:
+        """The exported model's folder."""
+        return self.stage("export", self.export_key, self._export)
+
+    def _export(self, working: Path) -> None:
+        recipe = self.recipe
+        if self.source.kind == "onnx":
+            exported = export_source(self.source, weights=recipe.weights, opset=recipe.export.opset)
+        else:
+            torch_model = models.load_torch(self.source, weights=recipe.weights, seed=recipe.seed)
+            exported = export(torch_model, opset=recipe.export.opset)
+        self.meta, self.exported_model = exported, exported.model
+        if self.source.kind != "onnx" and self.evaluation is not None:
+            self.on_status("export: comparing with PyTorch on evaluation data")
+            self.meta = exported = compare_on(exported, torch_model, self.samples[:1])
+        write_onnx(exported.model, working / "model.onnx")
+        (working / "meta.json").write_text(json.dumps(exported.to_meta()), encoding="utf-8")
+
+    @functools.cached_property
+    def optimized(self) -> Path:
+        """The optimised model's folder."""
+        return self.stage("optimize", self.optimize_key, self._optimize)
+
+    def _optimize(self, working: Path) -> None:
+        model = self.exported_model.clone()
+        reports = optimize(
+            model,
+            self.recipe.pipeline(),
+            verify_on=self.samples[:2] if self.debugging.verify_each else (),
+            dump_dir=self.debugging.dump_dir,
+            on_status=self.on_status,
+        )
+        self.optimized_model = model
+        write_onnx(model, working / "model.onnx")
+        (working / "passes.json").write_text(dumps(reports), encoding="utf-8")
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        """The ranges of the optimised graph: from the recipe's file, or measured on its calibration data."""
+        options = self.recipe.quantize
+        if options.calibration is not None:
+            found = calibration_file.read(Path(options.calibration))
+            calibration_file.require_match(found, self.optimized_model, where=options.calibration)
+            return found
+        data = self.calibration_data
+        if data is None:
+            raise DataError(
+                "INT8 needs samples to calibrate on",
+                hint="--data FOLDER, or --calibration FILE from toolchain calibrate",
+            )
+        key = digest_of(
+            {"graph": self.optimize_key, "data": data.fingerprint(), "method": options.method, "at": options.percentile}
+        )
+        return calibration_file.read(self.stage("calibrate", key, self._calibrate) / "calibration.json")
+
+    def _calibrate(self, working: Path) -> None:
+        data = self.calibration_data
+        assert data is not None
+        total = data.len_hint
+
+        def progress(samples: int) -> None:
+            self.on_status(f"calibrate: {samples} samples", samples / total if total else None)
+
+        options = self.recipe.quantize
+        found = calibrate(
+            self.optimized_model,
+            (batch.inputs for batch in data),
+            method=options.method,
+            percentile=options.percentile,
+            on_progress=progress,
+        )
+        calibration_file.write(found, working / "calibration.json")
+
+    def lower(self, target: runtimes.Target, precision: str) -> Lowered:
+        """The graph that the target compiles: the optimised one, or its INT8 form.
+
+        Raises:
+            FidelityError: INT8 cannot meet the budget.
+        """
+        if precision == "fp32":
+            return Lowered(precision, self.optimize_key, self.optimized, None)
+        # the processor too: candidates are judged on its kernels
+        ranges = digest_of({"ranges": {n: dataclasses.astuple(r) for n, r in self.calibration.ranges.items()}})
+        judged_on = self.judged_on.fingerprint() if self.judged_on else None
+        options = self.recipe.quantize.model_dump()
+        key = digest_of(
+            {"graph": self.optimize_key, "target": str(target), "ranges": ranges, "options": options}
+            | {"judged_on": judged_on, "cpu": cpu_model(), "seed": self.recipe.seed}
+        )
+        folder = self.stage("lower", key, functools.partial(self._lower, target))
+        report = from_json(Int8Report, json.loads((folder / "int8.json").read_text(encoding="utf-8")))
+        return Lowered(precision, key, folder, report)
+
+    def _lower(self, target: runtimes.Target, working: Path) -> None:
+        options = self.recipe.quantize
+        batches = self._judged_batches()
+        with reference_session(self.optimized / "model.onnx") as reference:
+            judge = Judge(reference, batches, metric=options.metric)
+        model, report = quantise_within_budget(
+            self.optimized_model,
+            target,
+            self.calibration,
+            judge,
+            [{name: array[:1] for name, array in batch.inputs.items()} for batch in batches],
+            data="seeded random inputs" if self.judged_on is None else self.judged_on.name,
+            max_drop=options.max_drop,
+            exclude=tuple(options.exclude),
+            weights=options.weights,
+            on_status=self.on_status,
+        )
+        write_onnx(model, working / "model.onnx")
+        (working / "int8.json").write_text(dumps(report), encoding="utf-8")
+
+    def _judged_batches(self) -> list[Batch]:
+        if self.judged_on is not None:
+            return list(self.judged_on)
+        return [Batch(feeds, None) for feeds in self.samples]
+
+    def compile(self, lowered: Lowered, target: runtimes.Target) -> tuple[Variant, str, Path]:
+        """The compiled variant, its key, and the folder that ``benchmark`` takes."""
+        session = self.session_values(target)
+        # the processor too: a prepared graph is bound to it
+        key = digest_of({"graph": lowered.key, "target": str(target), "session": session, "cpu": cpu_model()})
+
+        def make(working: Path) -> None:
+            options = session_options(target, session)
+            compile_model(lowered.folder / "model.onnx", target, working, options=options)
+
+        folder = self.stage("compile", key, make)
+        return Variant(read_compiled(folder), lowered.precision, session), key, folder
+
+    def session_values(self, target: runtimes.Target) -> dict[str, object]:
+        """The recipe's session options for this target. The section is one for all targets: what a runtime has no
+        option for is left out where the recipe leaves it at its default, and refused by the runtime where not."""
+        known = {field.name for field in dataclasses.fields(runtimes.backend(target.runtime).options_type)}
+        defaults = SessionConfig().model_dump()
+        values = self.recipe.session.model_dump()
+        return {name: value for name, value in values.items() if name in known or value != defaults[name]}
+
+    def measure(self, lowered: Lowered, target: runtimes.Target) -> tuple[Variant, VariantReport]:
+        """Compiles, verifies and benchmarks; each is a stage of its own."""
+        recipe = self.recipe
+        variant, key, folder = self.compile(lowered, target)
+        evaluated = self.evaluation.fingerprint() if self.evaluation else None
+        ground = {"compiled": key, "verify": recipe.verify.model_dump(), "seed": recipe.seed, "data": evaluated}
+        ground |= {"dims": recipe.dims}
+        fidelity = self._kept(
+            "verify", ground, "fidelity.json", Fidelity, functools.partial(self._fidelity, variant, lowered)
+        )
+        accuracy = None
+        if self.evaluation is not None:
+            accuracy = self._kept(
+                "accuracy", ground, "accuracy.json", Accuracy, functools.partial(self._accuracy, variant)
+            )
+        ground = {"compiled": key, "benchmark": recipe.benchmark.model_dump(), "cores": usable_cores()}
+        ground |= {"dims": recipe.dims}
+        bench = self._benchmarked(ground, functools.partial(self._benchmark, variant, folder))
+        size = sum(file.stat().st_size for file in (folder / "files").glob("model.onnx*"))
+        report = VariantReport(
+            name=variant.name,
+            target=str(target),
+            precision=variant.precision,
+            size=size,
+            fidelity=fidelity,
+            accuracy=accuracy,
+            benchmark=bench,
+            int8=lowered.int8,
+        )
+        return variant, report
+
+    def _kept(self, name: str, ground: dict[str, object], file: str, kind: type[T], find: Callable[[], T]) -> T:
+        """A stage whose result is one small dataclass."""
+
+        def make(working: Path) -> None:
+            (working / file).write_text(dumps(find()), encoding="utf-8")
+
+        folder = self.stage(name, digest_of({"stage": name, **ground}), make)
+        return from_json(kind, json.loads((folder / file).read_text(encoding="utf-8")))
+
+    def _benchmarked(self, ground: dict[str, object], find: Callable[[], BenchReport]) -> BenchReport:
+        """The benchmark stage. What was measured while the machine had something else to do is not kept for others."""
+        key = digest_of({"stage": "benchmark", **ground})
+        with self.cache.reading("benchmark", key) as folder:
+            if folder is not None:
+                self.stages.append(StageReport("benchmark", 0.0, True))
+                return from_json(BenchReport, json.loads((folder / "benchmark.json").read_text(encoding="utf-8")))
+        started = time.perf_counter()
+        self.on_status("benchmark")
+        report = find()
+        self.stages.append(StageReport("benchmark", time.perf_counter() - started, False))
+        if not any(row.disturbed for row in report.rows):
+            with self.cache.writing("benchmark", key) as working:
+                (working / "benchmark.json").write_text(dumps(report), encoding="utf-8")
+        return report
+
+    def _fidelity(self, variant: Variant, lowered: Lowered) -> Fidelity:
+        with self.open(variant) as session:
+            bound = self.recipe.verify.max_nmse
+            fidelity = compare(
+                self.reference_outputs,
+                session,
+                self.samples,
+                bound=bound_of(variant.precision, self.exported_model) if bound is None else bound,
+                inputs="evaluation data" if self.evaluation else "seeded random",
+            )
+        if not fidelity.passed:
+            graph = ir.load(lowered.folder / "model.onnx")
+            require(fidelity, self.exported_model, graph, self.samples[0], where=variant.name)
+        return fidelity
+
+    def _accuracy(self, variant: Variant) -> Accuracy:
+        dataset = self.evaluation
+        assert dataset is not None
+        with reference_session(self.exported / "model.onnx") as reference, self.open(variant) as session:
+            return measure_accuracy(
+                reference,
+                session,
+                dataset,
+                data=f"{dataset.name} ({dataset.kind})",
+                total=dataset.len_hint,
+                on_status=self.on_status,
+            )
+
+    def _benchmark(self, variant: Variant, folder: Path) -> BenchReport:
+        options = self.recipe.benchmark
+        plan = Plan(
+            batch_sizes=tuple(options.batch_sizes),
+            threads=tuple(options.threads),
+            warmup=options.warmup,
+            duration_s=options.duration_s,
+            count=options.count,
+            percentiles=PERCENTILES,
+            dims=self.recipe.dims,
+            seed=self.recipe.seed,
+        )
+        subject = Subject(str(folder), compiled=True, options=variant.session_options)
+        report = benchmark(subject, plan, on_status=self.on_status)
+        # the folder that was measured is the cache's; the artifact says which of its variants that is
+        return dataclasses.replace(report, subject=variant.name)
+
+    # What the stages share; each is read back from the cache where the stage that makes it did not run.
+
+    @functools.cached_property
+    def meta(self) -> Exported:
+        """What is known of the exported model besides the graph."""
+        meta = json.loads((self.exported / "meta.json").read_text(encoding="utf-8"))
+        return Exported.from_meta(self.exported_model, meta)
+
+    @functools.cached_property
+    def exported_model(self) -> ir.Model:
+        """The exported graph."""
+        return ir.load(self.exported / "model.onnx")
+
+    @functools.cached_property
+    def optimized_model(self) -> ir.Model:
+        """The optimised graph."""
+        return ir.load(self.optimized / "model.onnx")
+
+    @functools.cached_property
+    def evaluation(self) -> Dataset | None:
+        """Samples with labels that accuracy is measured on."""
+        return self._dataset(self.recipe.data.evaluation, self.recipe.data.limit)
+
+    @functools.cached_property
+    def calibration_data(self) -> Dataset | None:
+        """Samples that ranges are measured on."""
+        return self._dataset(self.recipe.data.calibration, self.recipe.data.calibration_limit)
+
+    @property
+    def judged_on(self) -> Dataset | None:
+        """What INT8 candidates are judged on: evaluation data, else the calibration data, else seeded inputs."""
+        return self.evaluation or self.calibration_data
+
+    def _dataset(self, text: str | None, limit: int | None) -> Dataset | None:
+        if text is None:
+            return None
+        return open_dataset(
+            text,
+            inputs=input_specs(self.exported_model),
+            preprocessing=self.meta.preprocessing,
+            class_names=self.meta.labels,
+            class_count=class_count(self.exported_model),
+            label_offset=self.meta.label_offset,
+            batch_size=self.recipe.data.batch_size,
+            limit=limit,
+        )
+
+    @functools.cached_property
+    def samples(self) -> list[Feeds]:
+        """The first evaluation samples, or seeded ones of batch 1, 2, 1, ..., so that the batch is not always one."""
+        count = self.recipe.verify.samples
+        if self.evaluation is not None:
+            return [batch.inputs for batch in itertools.islice(self.evaluation, count)]
+        specs = input_specs(self.exported_model)
+        dims = self.recipe.dims
+        return [seeded_inputs(specs, batch=1 + i % 2, seed=self.recipe.seed + i, dims=dims) for i in range(count)]
+
+    @functools.cached_property
+    def reference_outputs(self) -> list[Feeds]:
+        """What the exported model gives on ``samples``, unoptimised."""
+        self.on_status("verify: running the exported model unoptimised")
+        with reference_session(self.exported / "model.onnx") as session:
+            return run_made_up(session, self.samples) if self.evaluation is None else [*map(session.run, self.samples)]
+
+    def open(self, variant: Variant) -> runtimes.Session:
+        """A session of the files that will be shipped, with the options that they will carry."""
+        backend = runtimes.backend(variant.compiled.target.runtime)
+        return backend.load(
+            variant.compiled, options=session_options(variant.compiled.target, dict(variant.session_options))
+        )
+
+
+def _identity(data: str | None) -> list[str | int] | None:
+    """Which data a text names, without reading it: the place, and when it last changed."""
+    if data is None:
+        return None
+    path = Path(data.rpartition(":")[0] or data) if ".py:" in data else Path(data)
+    return [os.path.abspath(path), path.stat().st_mtime_ns if path.exists() else 0]
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 over the sources of the three packages: another version of them may give another result."""
+    digest = hashlib.sha256()
+    for package in ("toolchain", "passes", "runtimes"):
+        root = Path(__file__).resolve().parent.parent / package
+        for file in sorted(root.rglob("*.py")):
+            digest.update(f"{package}/{file.relative_to(root)}\0".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

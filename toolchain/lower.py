@@ -1,0 +1,65 @@
+"""The fork by target: one optimised graph and one calibration become the graph that a target wants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from passes._quant import Calibration
+from passes.base import Declined, PassFailed
+from passes.quantize_int8 import QuantizeInt8
+from runtimes import Target
+from toolchain.errors import GraphError
+
+#: Runtime -> the dialect of Q/DQ that it turns into integer kernels.
+DIALECTS: Mapping[str, str] = {
+    "ort-cpu": "ort-cpu",
+    "reference": "ort-cpu",
+}
+
+
+def dialect_of(target: Target) -> str:
+    """The dialect that a target understands.
+
+    Raises:
+        GraphError: none is known for it.
+    """
+    dialect = DIALECTS.get(target.runtime)
+    if dialect is None:
+        raise GraphError(
+            f"there is no INT8 for target {target}", where=f"target {target}", hint=f"known: {', '.join(DIALECTS)}"
+        )
+    return dialect
+
+
+def lower_int8(
+    model: ir.Model, target: Target, calibration: Calibration, *, exclude: tuple[str, ...] = (), weights: str = "amax"
+) -> tuple[ir.Model, tuple[Declined, ...]]:
+    """A copy of the float graph, quantised in the target's dialect. The copy shares the float weights it keeps.
+
+    Args:
+        model: optimised, float32.
+        target: decides the dialect.
+        calibration: of this graph.
+        exclude: nodes that stay in float.
+        weights: how weight scales are chosen, see ``QuantizeInt8``.
+
+    Returns:
+        The quantised graph, and what was left out and why.
+
+    Raises:
+        GraphError: no dialect for the target, an unknown node in ``exclude``, or nothing could be quantised.
+    """
+    copy = model.clone()
+    try:
+        outcome = QuantizeInt8(dialect=dialect_of(target), calibration=calibration, exclude=exclude, weights=weights)(
+            copy
+        )
+    except PassFailed as error:
+        raise GraphError(f"quantize_int8: {error}", where=error.node, hint=error.hint) from error
+    declined: tuple[Declined, ...] = getattr(outcome, "declined", ())
+    if not getattr(outcome, "fired", 0):
+        reason = declined[0].reason if declined else "it has no layer that has integer kernels"
+        raise GraphError(f"nothing of this model can be quantised: {reason}", hint="build it with --precision fp32")
+    return copy, declined
