@@ -58,7 +58,8 @@ class QuantizeInt8(Pass):
         calibration: the ranges of the graph's values; without it there is nothing to quantise by.
         exclude: nodes that stay in float, by name, or as reports name them.
         granularity: channel for a weight scale for each output channel, tensor for one.
-        weights: amax covers the largest weight, mse clips where the squared error is least.
+        weights: balanced covers the largest weight and rounds so that the errors of a channel cancel; amax rounds
+            to the nearest instead; mse clips where the squared error is least.
         activations: uint8 or int8; None for the dialect's own.
     """
 
@@ -66,14 +67,14 @@ class QuantizeInt8(Pass):
     calibration: Calibration | None = dataclasses.field(default=None, repr=False)
     exclude: tuple[str, ...] = ()
     granularity: str = "channel"
-    weights: str = "amax"
+    weights: str = "balanced"
     activations: str | None = None
 
     def __post_init__(self) -> None:
         for option, allowed in (
             ("dialect", tuple(DIALECTS)),
             ("granularity", ("channel", "tensor")),
-            ("weights", ("amax", "mse")),
+            ("weights", ("balanced", "amax", "mse")),
             ("activations", (None, *DIALECTS.get(self.dialect, ()))),
         ):
             if getattr(self, option) not in allowed:

@@ -61,6 +61,31 @@ def test_mse_finds_the_best_clipping() -> None:
     assert found.sum() < error(weight, 0, "amax").sum()
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((8, 6, 3, 3), 0), ((40, 7), 1), ((5, 4, 3), 1), ((6, 1, 5, 5), 0)])
+def test_balanced_errors_cancel(shape: tuple[int, ...], axis: int) -> None:
+    weight = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
+    weight.reshape(-1)[::7] = 0
+    nearest, made = (quantize_array(weight, axis, method=method) for method in ("amax", "balanced"))
+    np.testing.assert_array_equal(made.scale, nearest.scale)
+    scaled = np.moveaxis(weight, axis, 0) / made.scale.reshape(-1, *[1] * (weight.ndim - 1))
+    error = np.moveaxis(made.values, axis, 0) - scaled.astype(np.float64)
+    assert np.abs(error.reshape(len(error), -1).sum(axis=1)).max() <= 0.5001
+    assert np.abs(error).max() < 1.0001
+    assert not made.values[weight == 0].any()
+    assert np.abs(made.values).max() == 127
+    # one element in a few is moved, and by one
+    moved = made.values.astype(int) - nearest.values
+    assert np.abs(moved).max() == 1
+    assert (moved != 0).mean() < 0.2
+
+
+def test_balanced_stays_in_range() -> None:
+    """A row that is nothing but its own extremes has nothing to move."""
+    weight = np.tile(np.array([1.0, 0.996, -1.0, 0.996], np.float32), (2, 8))
+    made = quantize_array(weight, 0, method="balanced")
+    assert np.abs(made.values).max() == 127
+
+
 def test_channels_without_anything() -> None:
     made = quantize_array(np.zeros((3, 4), np.float32), 0, method="mse")
     assert not made.values.any()

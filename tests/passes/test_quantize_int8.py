@@ -312,7 +312,7 @@ def test_zero_points_are_explicit_and_weights_symmetric() -> None:
 
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
-@pytest.mark.parametrize("weights", ["amax", "mse"])
+@pytest.mark.parametrize("weights", ["balanced", "amax", "mse"])
 def test_options(activations: str, granularity: str, weights: str) -> None:
     proto = graph(f"c = Conv {PAD} (x, w, b) d = Relu (c) y = Conv {PAD} (d, w2, b2)", **CONV2)
     after, _ = quantise(proto, activations=activations, granularity=granularity, weights=weights)
