@@ -16,7 +16,6 @@ One line a tensor::
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from pathlib import Path
@@ -58,9 +57,6 @@ class Mismatch:
         ]
         if self.missing:
             lines.append(f"it has {_some(self.missing)}, which the graph has not")
-        near = difflib.get_close_matches(self.new[0], self.missing, n=1, cutoff=0.6)
-        if near:
-            lines.append(f"{near[0]!r} may have become {self.new[0]!r}")
         raise CalibrationError("; ".join(lines), where=where, hint="calibrate this graph")
 
 

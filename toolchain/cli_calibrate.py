@@ -115,7 +115,7 @@ def _observe(graph: ir.Model, dataset: Dataset, state: Path, *, resume: bool, ch
                 graph, dataset, channels=channels, data=dataset.fingerprint(), state=state, resume=resume,
                 on_progress=progress,
             )  # fmt: skip
-        except (KeyboardInterrupt, runtimes.Error):
+        except (KeyboardInterrupt, runtimes.RunFailed):
             if state.exists():
                 console.err.print(Text(f"what was gathered is in {state}; --resume goes on from there"))
             raise

@@ -131,7 +131,7 @@ class Observed:
         Raises:
             CalibrationError: it is not such a file.
         """
-        hint = "delete it and calibrate from the start"
+        hint = "resume with the same model, data, limit and batch size, or delete it and calibrate from the start"
         try:
             with np.load(path, allow_pickle=False) as archive:
                 key = json.loads(bytes(archive["key"]))
