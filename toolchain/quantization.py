@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from toolchain.benchmark import Comparison, Plan, Subject, compare_latency
 from toolchain.budget import BudgetSearch, search
 from toolchain.compile import compile_model, read_compiled
 from toolchain.data import Batch
-from toolchain.errors import DataError, FidelityError
+from toolchain.errors import DataError, FidelityError, GraphError
 from toolchain.evaluate import Feeds
 from toolchain.lower import dialect_of, lower_int8
 from toolchain.metrics import tensor_error
@@ -183,8 +184,14 @@ def quantise_within_budget(
         nonlocal trials
         trials += 1
         on_status(f"int8: evaluation {trials}, {len(returned)} layers in float")
+        try:
+            quantised, _ = lowered(returned)
+        except GraphError:
+            if not returned:
+                raise
+            return math.inf  # nothing is left in INT8: no budget is met by giving up
         with (
-            compiled_folder(lowered(returned)[0], target) as folder,
+            compiled_folder(quantised, target) as folder,
             runtimes.backend(target.runtime).load(read_compiled(folder)) as session,
         ):
             return judge.drop(session)
@@ -204,9 +211,10 @@ def quantise_within_budget(
             found = search([layer.node for layer in ranked], lambda r: lost if not r else drop(r), max_drop)
     if not found.met and max_drop is not None:
         worst = ", ".join(layer.node for layer in ranked[:3])
+        best = min(found.trials, key=lambda trial: trial.drop)
         raise FidelityError(
-            f"INT8 loses {found.full_drop:.4g} ({judge.metric}), {found.drop:.4g} with {len(found.excluded)} layers "
-            f"in float; the budget is {max_drop:.4g}",
+            f"INT8 loses {found.full_drop:.4g} ({judge.metric}), at best {best.drop:.4g} with {len(best.excluded)} "
+            f"layers in float; the budget is {max_drop:.4g}",
             where=f"worst layers: {worst}" if worst else None,
             hint="give more calibration data, a larger --max-drop, or ship --precision fp32; nothing was written",
         )

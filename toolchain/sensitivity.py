@@ -4,6 +4,9 @@ Every layer of the quantised graph is run on the *float* model's activations, so
 float layer's output by this layer's own rounding and nothing else. Noise of independent layers adds up, so the
 ratio of that noise to the signal ranks the layers by what they add to the final error; measured against the exact
 way (quantise one layer alone, run the whole model, once for each layer) in ``benchmarks/quantization.py``.
+
+What a layer loses by the rounding of its input is lost where that input is quantised, and an integer kernel
+quantises its output: so the layers before inherit the noise of the one after, and both are returned together.
 """
 
 from __future__ import annotations
@@ -29,12 +32,13 @@ class LayerSensitivity:
         node: as ``QuantizeInt8.exclude`` takes it.
         op_type: its operator.
         nmse: noise over signal of its output, with float inputs; the mean over the samples.
-        parts: the nodes that are quantised into the same kernel or share its output; the node itself first.
+        rank: what it is ranked by: the largest ``nmse`` of itself and the layers that read it.
     """
 
     node: str
     op_type: str
     nmse: float
+    rank: float
 
 
 def layer_sensitivities(
@@ -71,8 +75,35 @@ def layer_sensitivities(
             got = cut_session.run({**{k: v for k, v in sample.items() if k in used}, **feeds})
             for node, name in compared.items():
                 total[node] += tensor_error(expected[name], got[name]).nmse / len(samples)
-    ranked = [LayerSensitivity(node, kinds[node], nmse) for node, nmse in total.items()]
-    return sorted(ranked, key=lambda layer: -layer.nmse)
+    readers = _readers(model, set(total))
+    ranked = [
+        LayerSensitivity(node, kinds[node], nmse, max(nmse, *(total[r] for r in readers[node]), 0.0))
+        for node, nmse in total.items()
+    ]
+    # of two with one rank the reader first: where inputs alone are quantised it is enough
+    return sorted(ranked, key=lambda layer: (-layer.rank, -layer.nmse))
+
+
+def _readers(model: ir.Model, nodes: set[str]) -> dict[str, set[str]]:
+    """For each of the nodes those among them that read its output, through nodes that are not among them."""
+    found: dict[str, set[str]] = {}
+    for node in model.graph:
+        if label(node) not in nodes:
+            continue
+        reached: set[str] = set()
+        waiting = [user for value in node.outputs for user, _ in value.uses()]
+        seen: set[ir.Node] = set()
+        while waiting:
+            user = waiting.pop()
+            if user in seen:
+                continue
+            seen.add(user)
+            if label(user) in nodes:
+                reached.add(label(user))
+            else:
+                waiting += [next_ for value in user.outputs for next_, _ in value.uses()]
+        found[label(node)] = reached
+    return found
 
 
 def _cut(quantised: ir.Model, float_names: set[str | None]) -> tuple[ir.Model, list[str]]:
