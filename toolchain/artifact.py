@@ -20,6 +20,8 @@ from toolchain.storage import replacing_directory, reported
 
 #: Where the exported model lies in an artifact.
 EXPORTED = "export/model.onnx"
+#: Where the ranges are that its INT8 variants were made with.
+CALIBRATION = "calibration.json"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

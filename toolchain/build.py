@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import runtimes
-from toolchain.artifact import Variant, read_report, write_artifact
+from toolchain import calibration_file
+from toolchain.artifact import CALIBRATION, Variant, read_report, write_artifact
 from toolchain.cache import Cache
 from toolchain.errors import FidelityError, GraphError
 from toolchain.export import Exported
@@ -161,13 +162,16 @@ def _pack(line: Line, report: BuildReport, variants: list[Variant]) -> None:
         ),
         "machine": to_json(this_machine()),
     }
+    texts = {"recipe.yaml": dump(recipe), "report.json": dumps(report) + "\n", "report.html": html(report)}
+    if any(variant.precision == "int8" for variant in variants):
+        texts[CALIBRATION] = calibration_file.dumps(line.calibration)
     write_artifact(
         line.destination,
         name=line.name,
         version="1",
         variants=variants,
         exported=line.exported,
-        texts={"recipe.yaml": dump(recipe), "report.json": dumps(report) + "\n", "report.html": html(report)},
+        texts=texts,
         metadata=metadata,
     )
 

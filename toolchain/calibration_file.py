@@ -62,6 +62,11 @@ class Mismatch:
 
 def write(calibration: Calibration, path: Path) -> None:
     """Writes the file, whole or not at all. Raises StorageError."""
+    write_text(path, dumps(calibration))
+
+
+def dumps(calibration: Calibration) -> str:
+    """The file's content: JSON with a line for each tensor."""
     lines = [f"    {json.dumps(name, ensure_ascii=False)}: {_line(r)}" for name, r in calibration.ranges.items()]
     head: dict[str, Any] = {
         "format": _FORMAT,
@@ -79,7 +84,7 @@ def write(calibration: Calibration, path: Path) -> None:
                 for name, array in held.items()
             ]
             parts.append(f'  "{key}": {{\n' + ",\n".join(rows) + "\n  }")
-    write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def read(path: Path) -> Calibration:

@@ -15,6 +15,7 @@ from toolchain import recipe as recipes
 from toolchain.benchmark import Plan, Subject, benchmark, compare_latency
 from toolchain.cache import Cache
 from toolchain.cli_calibrate import calibrating
+from toolchain.cli_debug import debugging
 from toolchain.cli_look import looking
 from toolchain.errors import RecipeError
 from toolchain.render import bench_section, comparison_table, decibels, percent, show, table
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.registered_commands += looking.registered_commands + calibrating.registered_commands
-app.registered_groups += looking.registered_groups
+app.registered_groups += looking.registered_groups + debugging.registered_groups
 
 Model = Annotated[
     str,

@@ -34,7 +34,12 @@ def dialect_of(target: Target) -> str:
 
 
 def lower_int8(
-    model: ir.Model, target: Target, calibration: Calibration, *, exclude: tuple[str, ...] = (), weights: str = "amax"
+    model: ir.Model,
+    target: Target,
+    calibration: Calibration,
+    *,
+    exclude: tuple[str, ...] = (),
+    weights: str = "balanced",
 ) -> tuple[ir.Model, tuple[Declined, ...]]:
     """A copy of the float graph, quantised in the target's dialect. The copy shares the float weights it keeps.
 

@@ -154,7 +154,7 @@ def quantise_within_budget(
     data: str,
     max_drop: float | None,
     exclude: tuple[str, ...] = (),
-    weights: str = "amax",
+    weights: str = "balanced",
     on_status: Status = silent,
 ) -> tuple[ir.Model, Int8Report]:
     """Quantises the graph and, where a budget asks for it, returns the fewest layers to float.

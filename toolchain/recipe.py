@@ -70,7 +70,7 @@ class Quantize(_Section):
     calibration: str | None = None
     method: Literal["auto", "minmax", "moving-average", "percentile", "entropy", "mse"] = "auto"
     percentile: Annotated[float, pydantic.Field(gt=50, le=100)] = 99.99
-    weights: Literal["amax", "mse"] = "amax"
+    weights: Literal["balanced", "amax", "mse"] = "balanced"
     exclude: list[str] = []
     max_drop: Annotated[float, pydantic.Field(ge=0)] | None = None
     metric: Literal["auto", "top1", "agreement", "nmse"] = "auto"
@@ -355,8 +355,8 @@ quantize:
   # auto takes for each tensor the one with the least error of: minmax, moving-average, percentile, entropy, mse
   method: auto
   percentile: 99.99
-  # Weight scales: amax covers the largest weight, mse clips where the squared error is least
-  weights: amax
+  # Weights: balanced rounds so that the errors of a channel cancel; amax rounds to the nearest; mse clips the largest
+  weights: balanced
   # Nodes that stay in float, by name
   exclude: []
   # The most that may be lost, such as 0.005; the fewest layers are returned to float for it. null ships what comes out
