@@ -240,8 +240,8 @@ def write_page(found: QuantizationDebug, path: Path, *, title: str) -> None:
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         f"<title>{text(title)}</title><style>{_STYLE}</style>"
         f"<h1>{text(title)}</h1><p>With everything in INT8 the output's noise is {found.total_nmse:.2g} of its signal, "
-        f"on {found.samples} samples. A layer's share is what it adds when it alone is quantised. The histograms are of "
-        "a layer's input, the bars' heights logarithmic; what lies outside the lines is clipped.</p>"
+        f"on {found.samples} samples. A layer's share is what it adds when it alone is quantised. The histograms are "
+        "of a layer's input, the bars' heights logarithmic; what lies outside the lines is clipped.</p>"
         "<table><tr><th>#<th>layer<th class=n>share<th class=n>alone<th class=n>own<th class=n>weight<th class=n>input"
         f"<th>input's histogram<th>leave it in float{rows}</table></html>\n",
     )
