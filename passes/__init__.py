@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from passes.base import Declined, InvalidOption, Outcome, Pass, PassFailed, UnknownPass
+from passes.convert_float16 import ConvertFloat16
+from passes.correct_bias import CorrectBias
 from passes.eliminate_dead_code import EliminateDeadCode
 from passes.eliminate_noops import EliminateNoops
 from passes.equalize_layers import EqualizeLayers
@@ -51,6 +53,8 @@ __all__ = [
 #: every pass, by the name that recipes and the command line use
 PASSES: Mapping[str, type[Pass]] = types.MappingProxyType(
     {
+        "convert_float16": ConvertFloat16,
+        "correct_bias": CorrectBias,
         "eliminate_dead_code": EliminateDeadCode,
         "eliminate_noops": EliminateNoops,
         "equalize_layers": EqualizeLayers,

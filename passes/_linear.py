@@ -119,8 +119,12 @@ class Linear:
         return weight.reshape(shape)
 
 
-def read_linear(node: ir.Node) -> Linear:
-    """Reads a layer. Raises NotLinear, saying why, where its numbers are not constant or not its own."""
+def read_linear(node: ir.Node, *, shared: bool = False) -> Linear:
+    """Reads a layer; one whose weight others read too only if ``shared``.
+
+    Raises:
+        NotLinear: its numbers are not constant, or not its own; the message says which.
+    """
     if not is_op(node, *LINEAR):
         raise NotLinear(f"{label(node)} is no layer with a weight")
     value = given(node, 1)
@@ -129,7 +133,7 @@ def read_linear(node: ir.Node) -> Linear:
         raise NotLinear(f"{label(node)}: its weight is not constant")
     if tensor.dtype not in FLOATS:
         raise NotLinear(f"{label(node)}: its weight is {tensor.dtype.name.lower()}")
-    if len(value.uses()) != 1 or value.is_graph_output():
+    if not shared and (len(value.uses()) != 1 or value.is_graph_output()):
         raise NotLinear(f"{label(node)}: its weight is shared")
     weight = canonical(node, tensor.numpy())
     outputs = weight.shape[0] * weight.shape[1]
