@@ -6,11 +6,11 @@
 
 Every measurement is a fresh child process; the sides take turns (A B C A B C ...), and each time is divided by that of
 its neighbour that only runs the model. ``plain`` is ``runtimes.load`` and ``run`` over batches of ``--batch``; the
-clock runs for the forward pass alone, not for imports and load. For ours it runs for all of ``calibrate``: planning,
-making the session, the pass, deriving the ranges. For the peers (``onnxruntime.quantization.calibrate``) it runs for
-making the calibrater, collecting and computing. Without ``--images`` the samples are seeded noise; with fewer images
-than samples, images come again. Peak memory is VmHWM of the process, imports and all; samples are read from disk a
-batch at a time. ``--cores 1`` holds every child to one core: there the ratios bear other work on the machine.
+clock runs for the forward pass alone, not for imports and load. For ours it runs for all of ``calibrate``: reading,
+planning, making the session, the pass, deriving the ranges. For the peers (``onnxruntime.quantization.calibrate``) it
+runs for making the calibrater, collecting and computing. Without ``--images`` the samples are seeded noise; with fewer
+images than samples, images come again. Peak memory is VmHWM of the process, imports and all; samples are read from disk
+a batch at a time. ``--cores 1`` holds every child to one core: there the ratios bear other work on the machine.
 """
 
 from __future__ import annotations
@@ -61,12 +61,11 @@ if side == "plain":
     for feeds in batches():
         session.run(feeds)
 elif side == "ours":
-    import onnx_ir as ir
+    import pathlib
     import onnxruntime
     from toolchain.calibration import calibrate
-    graph = ir.load(model)
     started = clock()
-    calibrate(graph, batches(), method=method)
+    calibrate(pathlib.Path(model), batches(), method=method)
 else:
     import pathlib, tempfile
     import onnxruntime

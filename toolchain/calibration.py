@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,7 +36,7 @@ from toolchain.histogram import NonFinite
 from toolchain.machine import usable_cores
 from toolchain.observation import Plan, plan
 from toolchain.observed import SAMPLED, Observed, check_method
-from toolchain.onnx_file import read_onnx, temporary_onnx
+from toolchain.onnx_file import temporary_onnx
 from toolchain.samples import Batch
 
 #: elements of all observed tensors that one run may give (8 MB in float32): more does not go faster, and is memory
@@ -61,7 +61,8 @@ def observe(
     """Runs the model once over the samples and gathers what every method needs.
 
     Args:
-        model: a graph in memory, or an ONNX file.
+        model: a graph in memory, or an ONNX file that is known to be sound, as ``read_onnx`` makes sure. Of a file the
+            weights are in memory once, in the runtime.
         batches: read once, so a generator will do. Each an array for every input; the samples along axis 0, any
             number of them.
         sampled: elements of a tensor that go into its histogram for each sample, spread over it; None takes all, at
@@ -79,13 +80,13 @@ def observe(
         DataError: a batch does not fit the model's inputs.
         InvalidModel, GraphError, CompileFailed, RunFailed: the model cannot be read or run.
     """
-    graph = _typed(read_onnx(model) if isinstance(model, Path) else model)
+    graph = _typed(ir.load(model) if isinstance(model, Path) else model)
     found = Observed(plan(graph, channels=channels), sampled=sampled, data=data)
     if resume and state is not None and state.exists():
         found.restore(state)
-    with contextlib.ExitStack() as stack:
-        session = stack.enter_context(_session(with_outputs(graph, found.plan.outputs)))
-        del graph, model  # of a file, this was the only copy of the weights besides the runtime's
+    with _session(with_outputs(graph, found.plan.outputs)) as session:
+        del graph, model  # of a file these were the only weights besides the runtime's own;
+        gc.collect()  # nodes and values refer to each other, so they do not go by themselves
         try:
             _gather(session, batches, found, state, state_seconds, on_progress)
         except BaseException:
@@ -135,13 +136,12 @@ def _typed(model: ir.Model) -> ir.Model:
     return copy
 
 
-@contextlib.contextmanager
-def _session(model: ir.Model) -> Iterator[runtimes.Session]:
+def _session(model: ir.Model) -> runtimes.Session:
+    """A session of the model; it holds the weights mapped, so the file that they came from is gone already."""
+    # Without a memory pattern the arena holds what a run takes and no second plan of it: a quarter less memory.
+    options = {"memory_pattern": False, "intra_op_threads": max(1, usable_cores() // _WORKERS)}
     with temporary_onnx(model) as path:
-        # Without a memory pattern the arena holds what a run takes and no second plan of it: a quarter less memory.
-        options = {"memory_pattern": False, "intra_op_threads": max(1, usable_cores() // _WORKERS)}
-        with runtimes.load(path, target="ort-cpu", options=options) as session:
-            yield session
+        return runtimes.load(path, target="ort-cpu", options=options)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

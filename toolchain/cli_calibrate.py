@@ -7,7 +7,6 @@ import json as jsons
 from pathlib import Path
 from typing import Annotated, Any
 
-import onnx_ir as ir
 import typer
 from rich.text import Text
 
@@ -85,7 +84,8 @@ def calibrate(
             batch_size=batch_size,
         )
         state = destination.with_name(f"{destination.name}.state")
-        found = _observe(graph, dataset, state, resume=resume, channels=channels)
+        del graph  # it was checked; the file is read again, without a second copy of the weights to be kept
+        found = _observe(file, dataset, state, resume=resume, channels=channels)
         result = found.calibration(method=chosen, percentile=percentile)
         if histograms:
             beside = destination.with_name(f"{destination.name.removesuffix('.json')}.npz")
@@ -104,7 +104,7 @@ def calibrate(
         _show(said)
 
 
-def _observe(graph: ir.Model, dataset: Dataset, state: Path, *, resume: bool, channels: bool) -> Observed:
+def _observe(file: Path, dataset: Dataset, state: Path, *, resume: bool, channels: bool) -> Observed:
     with console.status("calibrating") as on_status:
 
         def progress(samples: int) -> None:
@@ -112,7 +112,7 @@ def _observe(graph: ir.Model, dataset: Dataset, state: Path, *, resume: bool, ch
 
         try:
             return calibrations.observe(
-                graph, dataset, channels=channels, data=dataset.fingerprint(), state=state, resume=resume,
+                file, dataset, channels=channels, data=dataset.fingerprint(), state=state, resume=resume,
                 on_progress=progress,
             )  # fmt: skip
         except (KeyboardInterrupt, runtimes.RunFailed):
