@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -12,7 +13,12 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before anything was begun\n")
         sys.exit(130)
-    cli.main()
+    code = cli.run(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # its reader may have gone, as in `| head`
+            stream.flush()
+    # Everything is written and closed. Taking a process with torch in it down in order takes a second or two more.
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -28,8 +27,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.registered_commands += looking.registered_commands + calibrating.registered_commands
-app.registered_groups += looking.registered_groups + debugging.registered_groups
 
 Model = Annotated[
     str,
@@ -69,7 +66,7 @@ def _options(
         bool, typer.Option("--version", callback=lambda asked: _version(asked), is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    """Read by main() before the commands are: this entry is for --help."""
+    """Read by run() before the commands are: this entry is for --help."""
 
 
 @app.command()
@@ -376,6 +373,11 @@ def bench(
     )
 
 
+# Those that only look come after those that make something.
+app.registered_commands += calibrating.registered_commands + looking.registered_commands
+app.registered_groups += looking.registered_groups + debugging.registered_groups
+
+
 def _numbers(text: str | None, option: str) -> list[int] | None:
     if text is None:
         return None
@@ -401,19 +403,19 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-def main() -> None:
-    """Entry point. ``--debug`` may stand anywhere."""
-    debug = "--debug" in sys.argv[1:]
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    sys.exit(console.run(lambda: _invoke(arguments), debug=debug))
+def run(arguments: list[str]) -> int:
+    """Runs a command line and returns the exit code. ``--debug`` may stand anywhere in it."""
+    debug = "--debug" in arguments
+    rest = [argument for argument in arguments if argument != "--debug"]
+    return console.run(lambda: _invoke(rest), debug=debug)
 
 
 def _invoke(arguments: list[str]) -> None:
     # standalone, so that wrong usage is reported in typer's own way, with exit code 2; a finished command exits with 0
     try:
-        app(arguments)
+        app(arguments, prog_name="toolchain")
     except SystemExit as done:
         if done.code == 130:  # typer's own way of ending after Ctrl-C, without a word
             raise KeyboardInterrupt from done
         if done.code not in (0, None):
-            raise
+            raise console.Exit(done.code if isinstance(done.code, int) else 1) from done

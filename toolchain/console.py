@@ -47,11 +47,21 @@ def print_json(value: Any) -> None:
     sys.stdout.write(dumps(value) + "\n")
 
 
+class Exit(Exception):
+    """Ends a command with an exit code; what there was to say has been said."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 def run(command: Callable[[], Any], *, debug: bool) -> int:
     """Runs a command and turns what it raises into text and an exit code: 2 for our typed errors, 130 for Ctrl-C,
     1 for a defect of ours."""
     try:
         command()
+    except Exit as done:
+        return done.code
     except Error as error:
         if debug:
             traceback.print_exc()

@@ -249,7 +249,7 @@ def test_a_recipe_from_init_builds(model: Path, tmp_path: Path) -> None:
 
 
 def test_two_builds_at_once_leave_one_whole_artifact(model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from toolchain.cli import main; main()", "build", str(model), "-o", "art"]
+    command = [sys.executable, "-c", "from toolchain.__main__ import main; main()", "build", str(model), "-o", "art"]
     children = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(3)]
     assert [child.wait(timeout=120) for child in children] == [0, 0, 0]
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
@@ -261,7 +261,7 @@ def test_a_stopped_build_leaves_the_old_artifact_whole(model: Path, tmp_path: Pa
     toolchain("build", model, "-o", "art", cwd=tmp_path)
     before = digests(tmp_path / "art")
     save(conv_net(seed=1), model)
-    command = [sys.executable, "-c", "from toolchain.cli import main; main()", "build", str(model), "-o", "art"]
+    command = [sys.executable, "-c", "from toolchain.__main__ import main; main()", "build", str(model), "-o", "art"]
     command += ["--no-cache", "--batch-sizes", "1,2,3,4"]
     child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(1.2)

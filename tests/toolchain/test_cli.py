@@ -70,7 +70,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> No
     save(conv_net(), tmp_path / "net.onnx")
     (tmp_path / "out.onnx").write_text("old")
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
-    command = [sys.executable, "-c", limit + "from toolchain.cli import main; main()"]
+    command = [sys.executable, "-c", limit + "from toolchain.__main__ import main; main()"]
     done = subprocess.run(
         [*command, "optimize", "net.onnx", "-o", "out.onnx"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
@@ -100,7 +100,7 @@ def test_python_files_of_the_users_folder_are_not_run(tmp_path: Path) -> None:
     save(conv_net(), tmp_path / "net.onnx")
     for name in ("statistics", "onnx", "numpy", "resource", "runtimes"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w').close()")
-    code = f"import sys; sys.path[0] = {str(ROOT)!r}; from toolchain.cli import main; main()"
+    code = f"import sys; sys.path[0] = {str(ROOT)!r}; from toolchain.__main__ import main; main()"
     for arguments in (["build", "net.onnx"], ["inspect", "net.onnx"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False

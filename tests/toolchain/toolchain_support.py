@@ -61,7 +61,7 @@ def toolchain(
     *arguments: str | Path, cwd: Path | None = None, check: int | None = 0
 ) -> subprocess.CompletedProcess[str]:
     """Runs the command as a user does, in a process of its own; ``check`` is the exit code that it must have."""
-    command = [sys.executable, "-c", "from toolchain.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-c", "from toolchain.__main__ import main; main()", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
     if check is not None:
         assert done.returncode == check, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
