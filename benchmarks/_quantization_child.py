@@ -91,13 +91,13 @@ def ours_dynamic(model: str, write: str) -> dict[str, float]:
     return _whole(started, imports)
 
 
-def preprocess(model: str, write: str) -> dict[str, float]:
-    """What onnxruntime.quantization asks for before it quantises."""
+def preprocess(model: str, write: str, symbolic: bool) -> dict[str, float]:
+    """What onnxruntime.quantization asks for before it quantises; it can do without symbolic shapes."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     imports = peak_mb()
     started = time.perf_counter()
-    quant_pre_process(model, write)
+    quant_pre_process(model, write, skip_symbolic_shape=not symbolic)
     return _whole(started, imports)
 
 

@@ -65,7 +65,7 @@ def prepare(case: Case, assets: Path, folder: Path, *, quick: bool) -> None:
     case.samples(exported, assets, folder, quick)
     batches = [*_read(folder / "even")]
     whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    np.savez(folder / "latency.npz", **{name: array[:LATENCY_SAMPLES] for name, array in whole.items()})
+    _save(folder / "latency.npz", {name: array[:LATENCY_SAMPLES] for name, array in whole.items()})
     count, step = len(next(iter(whole.values()))), len(next(iter(batches[0].values())))
     for wanted in MEMORY_SAMPLES:
         order = np.arange(wanted) % count  # where there are fewer, samples come again
@@ -82,7 +82,11 @@ def _read(folder: Path) -> Iterator[Feeds]:
 def _write(folder: Path, batches: Iterable[Mapping[str, np.ndarray]]) -> None:
     folder.mkdir(exist_ok=True)
     for number, batch in enumerate(batches):
-        np.savez(folder / f"{number:05}.npz", **batch)  # type: ignore[arg-type]  # it takes the option of one name for all of them
+        _save(folder / f"{number:05}.npz", batch)
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # no array has the name of an option
 
 
 def _split(name: str, array: np.ndarray, size: int) -> Iterator[Feeds]:

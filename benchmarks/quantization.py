@@ -4,7 +4,7 @@
                                       [--nncf-python PYTHON] [--trt-python PYTHON] [--threads 2] [--assets DIR]
 
 All tools start from the same float graph, which the toolchain optimised (and for ``onnxruntime.quantization``
-``quant_pre_process`` besides), and read the same batches from the disk. Every job is a fresh process.
+``quant_pre_process`` besides, without its symbolic shape inference where that gives up), and read the same batches from the disk. Every job is a fresh process.
 
 calibration  seconds from samples to ranges; x is against a process that only runs the model over the same batches,
              right before it. NNCF does not tell calibration from the rest: there it is all of it.
@@ -126,7 +126,7 @@ def against_plain(job: dict[str, Any], plain: dict[str, Any], rounds: int) -> Ro
 def made(work: Work, case: Case, python: str | None, rounds: int) -> list[Row]:
     """A row for every tool; where it made a file, with its name."""
     float32, ready = str(work.folder / "fp32.onnx"), str(work.folder / "preprocessed.onnx")
-    before = work.kept("preprocess", lambda: child("preprocess", model=float32, write=ready))
+    before = work.kept("preprocess", lambda: _preprocessed(float32, ready))
     rows: list[Row] = []
     for name, job in tools(case, python):
         theirs = job["do"].startswith("onnxruntime")
@@ -151,6 +151,12 @@ def made(work: Work, case: Case, python: str | None, rounds: int) -> list[Row]:
     if not python:
         rows.append({"tool": "NNCF", "failed": "not installed"})
     return rows
+
+
+def _preprocessed(model: str, write: str) -> dict[str, Any]:
+    found = child("preprocess", model=model, write=write, symbolic=True)
+    # where its symbolic shape inference gives up, its documentation says to leave that out
+    return child("preprocess", model=model, write=write, symbolic=False) if "failed" in found else found
 
 
 def _row(tool: str, make: Callable[[str], Row], work: Work, only: tuple[str, ...] = ()) -> Row:
