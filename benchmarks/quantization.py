@@ -4,7 +4,8 @@
                                       [--nncf-python PYTHON] [--trt-python PYTHON] [--threads 2] [--assets DIR]
 
 All tools start from the same float graph, which the toolchain optimised (and for ``onnxruntime.quantization``
-``quant_pre_process`` besides, without its symbolic shape inference where that gives up), and read the same batches from the disk. Every job is a fresh process.
+``quant_pre_process`` besides, without its symbolic shape inference where that gives up), and read the same batches
+from the disk. Every job is a fresh process.
 
 calibration  seconds from samples to ranges; x is against a process that only runs the model over the same batches,
              right before it. NNCF does not tell calibration from the rest: there it is all of it.
@@ -16,8 +17,9 @@ even         where a tool fails on the samples as they come, since the last batc
              lengths, it gets another row with batches that are all alike.
 TensorRT     the same calibration in the TensorRT dialect, built by tensorrt-rtx, without a GPU.
 
-``--work`` keeps what was found, each as it comes: a run that was interrupted goes on from there. NNCF and TensorRT
-may live in other interpreters than this one. Nothing else should run on the machine meanwhile.
+``--work`` keeps what was found, each as it comes: a run that was interrupted goes on from there (and takes
+it for granted: give a new folder after a change to the code). NNCF and TensorRT may live in other interpreters than
+this one. Nothing else should run on the machine meanwhile.
 """
 
 from __future__ import annotations
