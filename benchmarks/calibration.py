@@ -55,7 +55,7 @@ def batches():
 
 if side == "plain":
     import runtimes
-    session = runtimes.load(model)
+    session = runtimes.load(model, options={"intra_op_threads": cores})
     session.run(next(batches()))
     started = clock()
     for feeds in batches():
