@@ -30,7 +30,9 @@ from passes.freeze_initializers import FreezeInitializers
 from passes.fuse_conv_bn import FuseConvBn
 from passes.fuse_hard_sigmoid import FuseHardSigmoid
 from passes.fuse_pad import FusePad
+from passes.quantize_dynamic import QuantizeDynamic
 from passes.quantize_int8 import QuantizeInt8
+from passes.quantize_weights import QuantizeWeights
 from passes.simplify import Simplify
 from passes.smooth_quant import SmoothQuant
 from passes.strip_metadata import StripMetadata
@@ -63,7 +65,9 @@ PASSES: Mapping[str, type[Pass]] = types.MappingProxyType(
         "fuse_conv_bn": FuseConvBn,
         "fuse_hard_sigmoid": FuseHardSigmoid,
         "fuse_pad": FusePad,
+        "quantize_dynamic": QuantizeDynamic,
         "quantize_int8": QuantizeInt8,
+        "quantize_weights": QuantizeWeights,
         "simplify": Simplify,
         "smooth_quant": SmoothQuant,
         "strip_metadata": StripMetadata,

@@ -42,7 +42,14 @@ from passes._shapes import infer_shapes
 from passes.base import Declined, InvalidOption, Outcome, Pass, PassFailed, label
 
 #: ops of graphs that are quantised, in any of the forms that ONNX has
-_QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
+_QUANTISED = (
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "DynamicQuantizeLSTM",
+    "ConvInteger",
+    "MatMulInteger",
+)
 
 
 #: for each dialect the integers that activations may have, its own first
@@ -92,8 +99,8 @@ class QuantizeInt8(Pass):
             reason = f"the model is quantised already: this is a {found.op_type}"
             return Outcome(model, False, declined=(Declined(label(found), reason),))
         self._check_opset(model)
-        _check_exclude(model, self.exclude)
-        changed = _typed(model)
+        check_exclude(model, self.exclude)
+        changed = fill_in_types(model)
         names = Names(model)
         ops = [node.op_type for node in model.graph]
         ranges = self.calibration.ranges
@@ -143,7 +150,7 @@ def quantizable(model: ir.Model, dialect: str) -> tuple[str, ...]:
     if quantised(model) is not None:
         return ()
     copy = model.clone()
-    _typed(copy)
+    fill_in_types(copy)
     plan = _plan(copy, Names(copy), dialect, lambda name: _ANY, ())
     chosen = {*plan.layers, *plan.others}
     return tuple(label(node) for node in copy.graph if node in chosen)
@@ -181,12 +188,13 @@ def _plan(
     )
 
 
-def _typed(model: ir.Model) -> bool:
+def fill_in_types(model: ir.Model) -> bool:
     """Fills in unknown types, where there are any. Returns whether it did."""
     return any(v.type is None for node in model.graph for v in node.outputs) and infer_shapes(model)
 
 
-def _check_exclude(model: ir.Model, exclude: tuple[str, ...]) -> None:
+def check_exclude(model: ir.Model, exclude: tuple[str, ...]) -> None:
+    """Raises PassFailed for a name that no node has, with the nearest ones."""
     known = {label(node) for scope in scopes(model) for node in scope.graph}
     for name in exclude:
         if name not in known:
