@@ -53,7 +53,7 @@ def described_weights(report: BuildReport) -> str:
 def _loss(metric: str, value: float) -> str:
     """A loss in words: points of accuracy, share of samples, or noise over signal."""
     if metric == "top1":
-        return f"{100 * value:.2f} points of top-1"
+        return f"{'gains ' if value < 0 else ''}{100 * abs(value):.2f} points of top-1"
     return f"{100 * value:.2f} % other class" if metric == "agreement" else f"{value:.2g} noise/signal"
 
 
