@@ -15,7 +15,8 @@ Measured on MiniLM-L6-v2 (6 layers, post-norm, STS-B dev, ONNX Runtime on the CP
 similarity of the INT8 embeddings to the float ones is 0.9933 without, 0.9930 with alpha 0.5, 0.9975 with 0.7, 0.9939
 with 0.8, and 0.9976 with "auto", all with Muls. Without Muls only 6 of 25 values can be divided there, those of the
 smallest outliers, and nothing gets better: 0.9932. Take minimum and maximum as ranges afterwards: what a percentile
-cuts off is no outlier any more, and cosine similarity falls to 0.9956.
+cuts off is no outlier any more, and cosine similarity falls to 0.9956. And take a weight scale for each channel, which
+"auto" measures with: with one for the whole weight what moved there does harm, 0.964 without and 0.878 with "auto".
 
 The float result stays the same, up to rounding. Needed are the largest magnitudes of each channel of X, which
 ``toolchain calibrate --channels`` gathers; ranges have to be calibrated again afterwards.
