@@ -209,6 +209,7 @@ def test_what_is_between_gets_another_name() -> None:
     assert [node.outputs[0].name for node in model.graph] == ["a_equalized", "r_equalized", "y"]
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_overflow_is_declined() -> None:
     tiny = (CONSTANTS["m1"] * 0).astype(np.float16)
     tiny[0] = 1e-7
