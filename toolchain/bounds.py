@@ -32,4 +32,6 @@ def float_bound(model: ir.Model) -> float:
 
 def bound(precision: str, model: ir.Model) -> float:
     """What an artifact of this precision may be off from the float model that it was made of."""
-    return INT8_BOUND if precision == "int8" else float_bound(model)
+    if precision == "fp16":
+        return FLOAT_BOUNDS["float16"]
+    return INT8_BOUND if precision.startswith("int8") else float_bound(model)

@@ -107,8 +107,8 @@ def _variants(line: Line, target: runtimes.Target) -> list[tuple[Variant, Varian
     """What is shipped for one target, best first: one precision, or with ``auto`` float32 and INT8 where that is
     faster and keeps the budget."""
     precision = line.recipe.precision
-    if precision == "fp32":
-        return [line.measure(line.lower(target, "fp32"), target)]
+    if precision not in ("int8", "auto"):
+        return [line.measure(line.lower(target, precision), target)]
     try:
         variant, report = line.measure(line.lower(target, "int8"), target)
     except (FidelityError, GraphError) as error:

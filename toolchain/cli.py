@@ -84,7 +84,10 @@ def build(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32, int8, or auto: int8 where it is faster and good enough", show_default="fp32"),
+        typer.Option(
+            help="fp32, int8, auto (int8 if faster and good enough), int8-dynamic, int8-weights, fp16",
+            show_default="fp32",
+        ),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="samples for INT8 calibration: a folder of images, .npz, ...", show_default=False)

@@ -35,6 +35,8 @@ from toolchain.data import Batch, Dataset, open_dataset
 from toolchain.errors import DataError, StorageError
 from toolchain.evaluate import Feeds, class_count, input_specs, reference_session, run_made_up
 from toolchain.export import Exported, compare_on, export, export_source
+from toolchain.float16 import find_keep_list
+from toolchain.lower import BY_PASS, lower_by_pass
 from toolchain.machine import cpu_model, package_versions, usable_cores
 from toolchain.onnx_file import write_onnx
 from toolchain.optimize import optimize
@@ -241,7 +243,7 @@ class Line:
 
         options = self.recipe.quantize
         found = calibrate(
-            self.optimized_model,
+            self.optimized / "model.onnx",  # the path, not the graph: its weights are in memory once then
             (batch.inputs for batch in data),
             method=options.method,
             percentile=options.percentile,
@@ -257,6 +259,11 @@ class Line:
         """
         if precision == "fp32":
             return Lowered(precision, self.optimize_key, self.optimized, None)
+        if precision in BY_PASS:
+            exclude = tuple(self.recipe.quantize.exclude)
+            judged_on = self.judged_on.fingerprint() if self.judged_on else None
+            key = digest_of({"graph": self.optimize_key, "precision": precision, "exclude": exclude, "on": judged_on})
+            return Lowered(precision, key, self.stage("lower", key, functools.partial(self._by_pass, precision)), None)
         # the processor too: candidates are judged on its kernels
         ranges = digest_of({"ranges": {n: dataclasses.astuple(r) for n, r in self.calibration.ranges.items()}})
         judged_on = self.judged_on.fingerprint() if self.judged_on else None
@@ -268,6 +275,17 @@ class Line:
         folder = self.stage("lower", key, functools.partial(self._lower, target))
         report = from_json(Int8Report, json.loads((folder / "int8.json").read_text(encoding="utf-8")))
         return Lowered(precision, key, folder, report)
+
+    def _by_pass(self, precision: str, working: Path) -> None:
+        exclude = tuple(self.recipe.quantize.exclude)
+        if precision == "fp16":
+            self.on_status("fp16: looking for what overflows")
+            samples = [
+                {name: array[:1] for name, array in batch.inputs.items()} for batch in self._judged_batches()[:4]
+            ]
+            exclude += find_keep_list(self.optimized_model, samples).names
+        model, _ = lower_by_pass(self.optimized_model, precision, exclude=exclude)
+        write_onnx(model, working / "model.onnx")
 
     def _lower(self, target: runtimes.Target, working: Path) -> None:
         options = self.recipe.quantize
@@ -284,6 +302,7 @@ class Line:
             max_drop=options.max_drop,
             exclude=tuple(options.exclude),
             weights=options.weights,
+            bias_correction=options.bias_correction,
             on_status=self.on_status,
         )
         write_onnx(model, working / "model.onnx")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+import passes
 from passes._quant import Calibration
 from passes.base import Declined, PassFailed
 from passes.quantize_int8 import QuantizeInt8
@@ -31,6 +32,41 @@ def dialect_of(target: Target) -> str:
             f"there is no INT8 for target {target}", where=f"target {target}", hint=f"known: {', '.join(DIALECTS)}"
         )
     return dialect
+
+
+#: Precisions that one pass makes of the float graph, with no calibration: name -> pass.
+BY_PASS: Mapping[str, str] = {
+    "int8-dynamic": "quantize_dynamic",
+    "int8-weights": "quantize_weights",
+    "fp16": "convert_float16",
+}
+
+
+def lower_by_pass(
+    model: ir.Model, precision: str, *, exclude: tuple[str, ...] = ()
+) -> tuple[ir.Model, tuple[Declined, ...]]:
+    """A copy of the float graph in a precision that needs no calibration.
+
+    Args:
+        model: optimised, float32.
+        precision: one of BY_PASS.
+        exclude: nodes that stay in float32.
+
+    Raises:
+        GraphError: an unknown node in ``exclude``, or nothing could be converted.
+    """
+    copy = model.clone()
+    name = BY_PASS[precision]
+    option = "keep" if precision == "fp16" else "exclude"
+    try:
+        outcome = passes.make(name, **{option: exclude})(copy)
+    except PassFailed as error:
+        raise GraphError(f"{name}: {error}", where=error.node, hint=error.hint) from error
+    declined: tuple[Declined, ...] = getattr(outcome, "declined", ())
+    if not outcome.modified:
+        reason = declined[0].reason if declined else "it has no layer that this precision is for"
+        raise GraphError(f"nothing of this model can be {precision}: {reason}", hint="build it with --precision fp32")
+    return copy, declined
 
 
 def lower_int8(

@@ -21,6 +21,7 @@ from passes.base import Declined
 from passes.quantize_int8 import quantizable
 from runtimes import Target
 from toolchain.benchmark import Comparison, Plan, Subject, compare_latency
+from toolchain.bias_correction import correct_bias
 from toolchain.budget import BudgetSearch, search
 from toolchain.compile import compile_model, read_compiled
 from toolchain.data import Batch
@@ -69,6 +70,7 @@ class Int8Report:
         drop: what is lost as shipped.
         full_drop: what is lost with everything quantised.
         evaluations: how often the model was judged.
+        bias_correction: "none", "fast" or "sequential".
         quantised: how many nodes compute in integers.
         returned: the layers that stay in float for the budget's sake.
         declined: what was left in float for other reasons.
@@ -81,6 +83,7 @@ class Int8Report:
     drop: float
     full_drop: float
     evaluations: int
+    bias_correction: str
     quantised: int
     returned: tuple[Returned, ...]
     declined: tuple[Declined, ...]
@@ -155,6 +158,7 @@ def quantise_within_budget(
     max_drop: float | None,
     exclude: tuple[str, ...] = (),
     weights: str = "balanced",
+    bias_correction: str = "none",
     on_status: Status = silent,
 ) -> tuple[ir.Model, Int8Report]:
     """Quantises the graph and, where a budget asks for it, returns the fewest layers to float.
@@ -169,6 +173,8 @@ def quantise_within_budget(
         max_drop: the budget in the judge's metric; None ships what comes out.
         exclude: nodes that stay in float in any case.
         weights: how weight scales are chosen.
+        bias_correction: "none", "fast", "sequential", or "auto": the first of them, in this order, that meets the
+            budget, else the best; without a budget none.
         on_status: is told what is going on.
 
     Raises:
@@ -176,9 +182,13 @@ def quantise_within_budget(
         GraphError: see ``lower_int8``.
     """
     trials = 0
+    mode = "none" if bias_correction == "auto" else bias_correction
 
     def lowered(returned: tuple[str, ...]) -> tuple[ir.Model, tuple[Declined, ...]]:
-        return lower_int8(model, target, calibration, exclude=(*exclude, *returned), weights=weights)
+        made, declined = lower_int8(model, target, calibration, exclude=(*exclude, *returned), weights=weights)
+        if mode != "none":
+            correct_bias(model, made, samples, mode=mode, dialect=dialect_of(target))  # type: ignore[arg-type]
+        return made, declined
 
     def drop(returned: tuple[str, ...]) -> float:
         nonlocal trials
@@ -202,6 +212,14 @@ def quantise_within_budget(
         found = BudgetSearch(True, (), lost, lost, ())
     else:
         lost = drop(())
+        if bias_correction == "auto":
+            by_mode = {mode: lost}
+            for mode in ("fast", "sequential"):
+                if min(by_mode.values()) > max_drop:
+                    on_status(f"int8: {mode} bias correction")
+                    by_mode[mode] = drop(())
+            mode = min(by_mode, key=lambda name: by_mode[name])  # the simplest of equals: they are in that order
+            lost = by_mode[mode]
         if lost <= max_drop:
             found = BudgetSearch(True, (), lost, lost, ())
         else:
@@ -229,6 +247,7 @@ def quantise_within_budget(
         drop=found.drop,
         full_drop=found.full_drop,
         evaluations=trials,
+        bias_correction=mode,
         quantised=len(set(quantizable(model, dialect_of(target))) - set(exclude) - set(found.excluded)),
         returned=tuple(Returned(n, by_name[n].op_type, by_name[n].nmse, costs.get(n)) for n in found.excluded),
         declined=declined,

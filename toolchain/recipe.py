@@ -18,7 +18,7 @@ from runtimes import Error, Target
 from toolchain.errors import RecipeError
 from toolchain.storage import reported
 
-Precision = Literal["fp32", "int8", "auto"]
+Precision = Literal["fp32", "int8", "auto", "int8-dynamic", "int8-weights", "fp16"]
 
 
 class _Section(pydantic.BaseModel):
@@ -71,6 +71,7 @@ class Quantize(_Section):
     method: Literal["auto", "minmax", "moving-average", "percentile", "entropy", "mse"] = "auto"
     percentile: Annotated[float, pydantic.Field(gt=50, le=100)] = 99.99
     weights: Literal["balanced", "amax", "mse"] = "balanced"
+    bias_correction: Literal["none", "fast", "sequential", "auto"] = "auto"
     exclude: list[str] = []
     max_drop: Annotated[float, pydantic.Field(ge=0)] | None = None
     metric: Literal["auto", "top1", "agreement", "nmse"] = "auto"
@@ -323,7 +324,8 @@ seed: 0
 # name: my-model
 # output: artifacts/my-model
 
-# fp32; int8, which needs data.calibration or quantize.calibration; or auto: both where int8 is faster and good enough
+# fp32; int8, which needs data.calibration or quantize.calibration; auto: both where int8 is faster and good enough;
+# without calibration: int8-dynamic (activations quantised at run time, for transformers), int8-weights, fp16
 precision: fp32
 # One variant is built for each; `toolchain targets` lists them
 targets: [ort-cpu]
@@ -357,6 +359,8 @@ quantize:
   percentile: 99.99
   # Weights: balanced rounds so that the errors of a channel cancel; amax rounds to the nearest; mse clips the largest
   weights: balanced
+  # Takes back what rounding shifts a layer's mean by; auto tries it where the budget is missed without
+  bias_correction: auto
   # Nodes that stay in float, by name
   exclude: []
   # The most that may be lost, such as 0.005; the fewest layers are returned to float for it. null ships what comes out

@@ -98,6 +98,7 @@ def sections(report: BuildReport) -> list[Rows]:
             _loss(v.int8.metric, v.int8.drop),
             _loss(v.int8.metric, v.int8.full_drop),
             "-" if v.int8.max_drop is None else _loss(v.int8.metric, v.int8.max_drop),
+            v.int8.bias_correction,
             str(v.int8.evaluations),
             f"{v.int8.data} ({v.int8.samples})",
         )
@@ -105,7 +106,16 @@ def sections(report: BuildReport) -> list[Rows]:
         if v.int8
     ]
     if rows:
-        header = ("variant", "nodes in INT8", "loss", "all in INT8", "budget", "evaluations", "judged on")
+        header = (
+            "variant",
+            "nodes in INT8",
+            "loss",
+            "all in INT8",
+            "budget",
+            "bias corrected",
+            "evaluations",
+            "judged on",
+        )
         found.append(("INT8 against float32", header, rows))
     rows = [
         (r.node, r.op_type, f"{r.nmse:.2g}", "-" if r.cost_ms is None else f"{r.cost_ms:+.3f} ms")

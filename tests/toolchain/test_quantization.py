@@ -217,6 +217,46 @@ def test_mistakes(workplace: Path, flags: list[str], said: str) -> None:
     assert not (workplace / "artifacts").exists()
 
 
+@pytest.mark.parametrize("precision", ["int8-dynamic", "int8-weights", "fp16"])
+def test_precisions_without_calibration(workplace: Path, precision: str) -> None:
+    save(conv_net(channels=4096), workplace / "wide.onnx")  # a Gemm of 4,096 x 10 is worth a quantised kernel
+    found = toolchain_json("build", "wide.onnx", "--precision", precision, "--data", "data.npz", cwd=workplace)
+    (variant,) = found["report"]["variants"]
+    assert variant["name"] == f"ort-cpu-{precision}"
+    assert 0 < variant["fidelity"]["outputs"]["logits"]["nmse"] < 1e-2
+    whole = (workplace / "artifacts" / "wide" / "export" / "model.onnx").stat().st_size
+    assert variant["size"] < 0.9 * whole
+    assert not (workplace / "artifacts" / "wide" / "calibration.json").exists()
+
+
+@pytest.mark.parametrize("mode", ["none", "fast", "sequential"])
+def test_the_report_says_which_bias_correction_was_made(images: np.ndarray, mode: str) -> None:
+    model, calibration, judge = prepared(outlier_net(), images)
+    made, report = quantise_within_budget(
+        model, CPU, calibration, judge, [{"image": images}], data="made up", max_drop=None, bias_correction=mode
+    )
+    assert report.bias_correction == mode
+    plain, _ = lower_int8(model, CPU, calibration)  # type: ignore[arg-type]
+
+    def biases(graph: ir.Model) -> list[bytes]:
+        return [
+            v.const_value.numpy().tobytes()
+            for v in graph.graph.initializers.values()
+            if v.const_value is not None and v.const_value.dtype == ir.DataType.INT32
+        ]
+
+    assert (biases(made) == biases(plain)) == (mode == "none")
+
+
+def test_auto_tries_bias_correction_before_it_gives_up_layers(images: np.ndarray) -> None:
+    model, calibration, judge = prepared(outlier_net(), images)
+    _, report = quantise_within_budget(
+        model, CPU, calibration, judge, [{"image": images}], data="made up", max_drop=0.003, bias_correction="auto"
+    )
+    assert report.drop <= 0.003
+    assert report.evaluations >= 3  # plain, fast, sequential, and then the search
+
+
 def test_an_excluded_node_stays_in_float(workplace: Path) -> None:
     flags = ["--precision", "int8", "--data", "data.npz", "--exclude", "fc"]
     toolchain("build", "net.onnx", *flags, cwd=workplace)
