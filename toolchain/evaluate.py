@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 import runtimes
 from toolchain.onnx_file import temporary_onnx
+from toolchain.seeded import open_dims
 
 Feeds = dict[str, np.ndarray]
 
@@ -88,7 +89,7 @@ def run_made_up(session: runtimes.Session, samples: Sequence[Feeds]) -> list[Fee
     try:
         return [session.run(feeds) for feeds in samples]
     except runtimes.RunFailed as error:
-        symbols = sorted({d for spec in session.inputs for d in spec.shape or () if isinstance(d, str)})
+        symbols = open_dims(session.inputs)
         if not symbols:
             raise
         raise runtimes.RunFailed(

@@ -34,7 +34,7 @@ def seeded_inputs(
         specs: the model's inputs.
         batch: size of the batch dimension; a fixed first dimension stays as it is.
         seed: of the random numbers; every input has its own stream, whatever the others are.
-        dims: sizes of symbolic dimensions, by name.
+        dims: sizes of dimensions that are not fixed, by the names that ``open_dims`` gives.
 
     Raises:
         DataError: a dtype that has no plausible values, or a size below 1.
@@ -43,15 +43,31 @@ def seeded_inputs(
     for name, size in (*sizes.items(), ("batch", batch)):
         if size < 1:
             raise DataError(f"dimension {name} is {size}", hint="sizes are at least 1")
-    known = {dim for spec in specs for dim in spec.shape or () if isinstance(dim, str)}
+    known = open_dims(specs)
     for name in dims or {}:
         if name not in known:
             raise DataError(
                 f"no input has a dimension {name!r}",
                 where=f"{name}={sizes[name]}",
-                hint=f"there are: {', '.join(sorted(known)) or 'none, all sizes are fixed'}",
+                hint=f"there are: {', '.join(known) or 'none, all sizes are fixed'}",
             )
     return {spec.name: _values(spec, _shape(spec, sizes, batch), seed) for spec in specs}
+
+
+def open_dims(specs: Sequence[TensorSpec]) -> tuple[str, ...]:
+    """What ``dims`` may name: the symbols of the inputs, and ``INPUT.AXIS`` where a size has no name."""
+    names = (
+        _open_dim(spec, axis)
+        for spec in specs
+        for axis, dim in enumerate(spec.shape if spec.shape is not None else (None,))
+        if not isinstance(dim, int)
+    )
+    return tuple(dict.fromkeys(names))
+
+
+def _open_dim(spec: TensorSpec, axis: int) -> str:
+    dim = spec.shape[axis] if spec.shape is not None else None
+    return dim if isinstance(dim, str) else f"{spec.name}.{axis}"
 
 
 def _shape(spec: TensorSpec, sizes: dict[str, int], batch: int) -> tuple[int, ...]:
@@ -66,7 +82,7 @@ def _shape(spec: TensorSpec, sizes: dict[str, int], batch: int) -> tuple[int, ..
         named = dim or ""
         if named.lower().startswith("batch") or (axis == 0 and not _is_length(named)):
             size = batch
-        shape.append(sizes.setdefault(dim, size) if dim is not None else size)
+        shape.append(sizes.setdefault(_open_dim(spec, axis), size))
     return tuple(shape)
 
 

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from toolchain_support import ROOT, conv_net, save, toolchain, toolchain_json
 
 COMMANDS = ["build", "export", "optimize", "verify", "bench", "inspect", "doctor", "passes", "targets", "init", "cache"]
@@ -123,6 +125,23 @@ def test_an_option_without_effect_is_refused(tmp_path: Path, option: list[str]) 
     save(conv_net(), tmp_path / "net.onnx")
     done = toolchain("build", "net.onnx", *option, cwd=tmp_path, check=2)
     assert "no effect" in done.stderr or "no input has a dimension" in done.stderr
+
+
+def test_sizes_without_a_name_can_be_given(tmp_path: Path) -> None:
+    """A model that runs on 12 columns only, and whose input says nothing of its size."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], "mm")],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 3])],
+        [numpy_helper.from_array(np.ones((12, 3), np.float32), "w")],
+    )
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "net.onnx")
+    refused = toolchain("build", "net.onnx", cwd=tmp_path, check=2).stderr
+    assert "--dim x.0=SIZE --dim x.1=SIZE" in refused
+    toolchain("build", "net.onnx", "--dim", "x.1=12", cwd=tmp_path)
+    toolchain("verify", "artifacts/net", "--dim", "x.1=12", cwd=tmp_path)
+    toolchain("optimize", "net.onnx", "--verify-each", "--dim", "x.1=12", cwd=tmp_path)
 
 
 def test_a_fixed_batch_is_told_from_an_asked_one(tmp_path: Path) -> None:
