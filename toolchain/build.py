@@ -16,6 +16,7 @@ from toolchain.errors import FidelityError, GraphError
 from toolchain.export import Exported
 from toolchain.line import Debugging, Line
 from toolchain.machine import this_machine
+from toolchain.measure import compile_variant, measure
 from toolchain.optimize import PassReport
 from toolchain.progress import Status, silent
 from toolchain.quantization import turn_by_turn
@@ -108,23 +109,25 @@ def _variants(line: Line, target: runtimes.Target) -> list[tuple[Variant, Varian
     faster and keeps the budget."""
     precision = line.recipe.precision
     if precision not in ("int8", "auto"):
-        return [line.measure(line.lower(target, precision), target)]
+        return [measure(line, line.lower(target, precision), target)]
     try:
-        variant, report = line.measure(line.lower(target, "int8"), target)
+        variant, report = measure(line, line.lower(target, "int8"), target)
     except (FidelityError, GraphError) as error:
         if precision == "int8":
             raise
-        fallback, measured = line.measure(line.lower(target, "fp32"), target)
+        fallback, measured = measure(line, line.lower(target, "fp32"), target)
         return [(fallback, dataclasses.replace(measured, remark=f"no INT8: {error.what}"))]
     plain = line.lower(target, "fp32")
-    ratio = turn_by_turn(line.compile(line.lower(target, "int8"), target)[2], line.compile(plain, target)[2]).ratio
+    ratio = turn_by_turn(
+        compile_variant(line, line.lower(target, "int8"), target)[2], compile_variant(line, plain, target)[2]
+    ).ratio
     remark = f"INT8 takes {ratio:.2f} x the time of float32 at batch 1, measured turn by turn"
     if ratio > 1:
         remark += ": it is slower here"
     report = dataclasses.replace(report, remark=remark)
     if precision == "int8":
         return [(variant, report)]
-    fallback, measured = line.measure(plain, target)
+    fallback, measured = measure(line, plain, target)
     both = [(variant, report), (fallback, measured)]
     if ratio > 1:
         return [(fallback, dataclasses.replace(measured, remark=f"no INT8: {remark}"))]

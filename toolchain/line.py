@@ -18,19 +18,15 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import onnx_ir as ir
 
 import runtimes
 from passes._quant import Calibration
 from toolchain import calibration_file, models
-from toolchain.artifact import Variant, check_destination
-from toolchain.benchmark import BenchReport, Plan, Subject, benchmark
-from toolchain.bounds import bound as bound_of
+from toolchain.artifact import check_destination
 from toolchain.cache import Cache, digest_of
 from toolchain.calibration import calibrate
-from toolchain.compile import compile_model, read_compiled, session_options
 from toolchain.data import Batch, Dataset, open_dataset
 from toolchain.errors import DataError, StorageError
 from toolchain.evaluate import Feeds, class_count, input_specs, reference_session, run_made_up
@@ -42,15 +38,9 @@ from toolchain.onnx_file import write_onnx
 from toolchain.optimize import optimize
 from toolchain.progress import Status
 from toolchain.quantization import Int8Report, Judge, quantise_within_budget
-from toolchain.recipe import Recipe, SessionConfig
-from toolchain.report import StageReport, VariantReport, dumps, from_json
+from toolchain.recipe import Recipe
+from toolchain.report import StageReport, dumps, from_json
 from toolchain.seeded import seeded_inputs
-from toolchain.verify import Accuracy, Fidelity, compare, measure_accuracy, require
-
-T = TypeVar("T")
-
-#: What a build states; a p90 takes 64 samples, ``toolchain bench`` goes on to p99.
-PERCENTILES = (50, 90)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -313,128 +303,6 @@ class Line:
             return list(self.judged_on)
         return [Batch(feeds, None) for feeds in self.samples]
 
-    def compile(self, lowered: Lowered, target: runtimes.Target) -> tuple[Variant, str, Path]:
-        """The compiled variant, its key, and the folder that ``benchmark`` takes."""
-        session = self.session_values(target)
-        # the processor too: a prepared graph is bound to it
-        key = digest_of({"graph": lowered.key, "target": str(target), "session": session, "cpu": cpu_model()})
-
-        def make(working: Path) -> None:
-            options = session_options(target, session)
-            compile_model(lowered.folder / "model.onnx", target, working, options=options)
-
-        folder = self.stage("compile", key, make)
-        return Variant(read_compiled(folder), lowered.precision, session), key, folder
-
-    def session_values(self, target: runtimes.Target) -> dict[str, object]:
-        """The recipe's session options for this target. The section is one for all targets: what a runtime has no
-        option for is left out where the recipe leaves it at its default, and refused by the runtime where not."""
-        known = {field.name for field in dataclasses.fields(runtimes.backend(target.runtime).options_type)}
-        defaults = SessionConfig().model_dump()
-        values = self.recipe.session.model_dump()
-        return {name: value for name, value in values.items() if name in known or value != defaults[name]}
-
-    def measure(self, lowered: Lowered, target: runtimes.Target) -> tuple[Variant, VariantReport]:
-        """Compiles, verifies and benchmarks; each is a stage of its own."""
-        recipe = self.recipe
-        variant, key, folder = self.compile(lowered, target)
-        evaluated = self.evaluation.fingerprint() if self.evaluation else None
-        ground = {"compiled": key, "verify": recipe.verify.model_dump(), "seed": recipe.seed, "data": evaluated}
-        ground |= {"dims": recipe.dims}
-        fidelity = self._kept(
-            "verify", ground, "fidelity.json", Fidelity, functools.partial(self._fidelity, variant, lowered)
-        )
-        accuracy = None
-        if self.evaluation is not None:
-            accuracy = self._kept(
-                "accuracy", ground, "accuracy.json", Accuracy, functools.partial(self._accuracy, variant)
-            )
-        ground = {"compiled": key, "benchmark": recipe.benchmark.model_dump(), "cores": usable_cores()}
-        ground |= {"dims": recipe.dims}
-        bench = self._benchmarked(ground, functools.partial(self._benchmark, variant, folder))
-        size = sum(file.stat().st_size for file in (folder / "files").glob("model.onnx*"))
-        report = VariantReport(
-            name=variant.name,
-            target=str(target),
-            precision=variant.precision,
-            size=size,
-            fidelity=fidelity,
-            accuracy=accuracy,
-            benchmark=bench,
-            int8=lowered.int8,
-        )
-        return variant, report
-
-    def _kept(self, name: str, ground: dict[str, object], file: str, kind: type[T], find: Callable[[], T]) -> T:
-        """A stage whose result is one small dataclass."""
-
-        def make(working: Path) -> None:
-            (working / file).write_text(dumps(find()), encoding="utf-8")
-
-        folder = self.stage(name, digest_of({"stage": name, **ground}), make)
-        return from_json(kind, json.loads((folder / file).read_text(encoding="utf-8")))
-
-    def _benchmarked(self, ground: dict[str, object], find: Callable[[], BenchReport]) -> BenchReport:
-        """The benchmark stage. What was measured while the machine had something else to do is not kept for others."""
-        key = digest_of({"stage": "benchmark", **ground})
-        with self.cache.reading("benchmark", key) as folder:
-            if folder is not None:
-                self.stages.append(StageReport("benchmark", 0.0, True))
-                return from_json(BenchReport, json.loads((folder / "benchmark.json").read_text(encoding="utf-8")))
-        started = time.perf_counter()
-        self.on_status("benchmark")
-        report = find()
-        self.stages.append(StageReport("benchmark", time.perf_counter() - started, False))
-        if not any(row.disturbed for row in report.rows):
-            with self.cache.writing("benchmark", key) as working:
-                (working / "benchmark.json").write_text(dumps(report), encoding="utf-8")
-        return report
-
-    def _fidelity(self, variant: Variant, lowered: Lowered) -> Fidelity:
-        with self.open(variant) as session:
-            bound = self.recipe.verify.max_nmse
-            fidelity = compare(
-                self.reference_outputs,
-                session,
-                self.samples,
-                bound=bound_of(variant.precision, self.exported_model) if bound is None else bound,
-                inputs="evaluation data" if self.evaluation else "seeded random",
-            )
-        if not fidelity.passed:
-            graph = ir.load(lowered.folder / "model.onnx")
-            require(fidelity, self.exported_model, graph, self.samples[0], where=variant.name)
-        return fidelity
-
-    def _accuracy(self, variant: Variant) -> Accuracy:
-        dataset = self.evaluation
-        assert dataset is not None
-        with reference_session(self.exported / "model.onnx") as reference, self.open(variant) as session:
-            return measure_accuracy(
-                reference,
-                session,
-                dataset,
-                data=f"{dataset.name} ({dataset.kind})",
-                total=dataset.len_hint,
-                on_status=self.on_status,
-            )
-
-    def _benchmark(self, variant: Variant, folder: Path) -> BenchReport:
-        options = self.recipe.benchmark
-        plan = Plan(
-            batch_sizes=tuple(options.batch_sizes),
-            threads=tuple(options.threads),
-            warmup=options.warmup,
-            duration_s=options.duration_s,
-            count=options.count,
-            percentiles=PERCENTILES,
-            dims=self.recipe.dims,
-            seed=self.recipe.seed,
-        )
-        subject = Subject(str(folder), compiled=True, options=variant.session_options)
-        report = benchmark(subject, plan, on_status=self.on_status)
-        # the folder that was measured is the cache's; the artifact says which of its variants that is
-        return dataclasses.replace(report, subject=variant.name)
-
     # What the stages share; each is read back from the cache where the stage that makes it did not run.
 
     @functools.cached_property
@@ -498,13 +366,6 @@ class Line:
         self.on_status("verify: running the exported model unoptimised")
         with reference_session(self.exported / "model.onnx") as session:
             return run_made_up(session, self.samples) if self.evaluation is None else [*map(session.run, self.samples)]
-
-    def open(self, variant: Variant) -> runtimes.Session:
-        """A session of the files that will be shipped, with the options that they will carry."""
-        backend = runtimes.backend(variant.compiled.target.runtime)
-        return backend.load(
-            variant.compiled, options=session_options(variant.compiled.target, dict(variant.session_options))
-        )
 
 
 def _identity(data: str | None) -> list[str | int] | None:

@@ -1,0 +1,172 @@
+"""What is done with a lowered graph: compile it, compare it with the exported model, and time it.
+
+Each is a stage of the line, kept in the cache under its own key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import onnx_ir as ir
+
+import runtimes
+from toolchain.artifact import Variant
+from toolchain.benchmark import BenchReport, Plan, Subject, benchmark
+from toolchain.bounds import bound as bound_of
+from toolchain.cache import digest_of
+from toolchain.compile import compile_model, read_compiled, session_options
+from toolchain.evaluate import reference_session
+from toolchain.line import Line, Lowered
+from toolchain.machine import cpu_model, usable_cores
+from toolchain.recipe import SessionConfig
+from toolchain.report import StageReport, VariantReport, dumps, from_json
+from toolchain.verify import Accuracy, Fidelity, compare, measure_accuracy, require
+
+T = TypeVar("T")
+
+#: What a build states; a p90 takes 64 samples, ``toolchain bench`` goes on to p99.
+PERCENTILES = (50, 90)
+
+
+def compile_variant(line: Line, lowered: Lowered, target: runtimes.Target) -> tuple[Variant, str, Path]:
+    """The compiled variant, its key, and the folder that ``benchmark`` takes."""
+    session = _session_values(line, target)
+    # the processor too: a prepared graph is bound to it
+    key = digest_of({"graph": lowered.key, "target": str(target), "session": session, "cpu": cpu_model()})
+
+    def make(working: Path) -> None:
+        options = session_options(target, session)
+        compile_model(lowered.folder / "model.onnx", target, working, options=options)
+
+    folder = line.stage("compile", key, make)
+    return Variant(read_compiled(folder), lowered.precision, session), key, folder
+
+
+def _session_values(line: Line, target: runtimes.Target) -> dict[str, object]:
+    """The recipe's session options for this target. The section is one for all targets: what a runtime has no
+    option for is left out where the recipe leaves it at its default, and refused by the runtime where not."""
+    known = {field.name for field in dataclasses.fields(runtimes.backend(target.runtime).options_type)}
+    defaults = SessionConfig().model_dump()
+    values = line.recipe.session.model_dump()
+    return {name: value for name, value in values.items() if name in known or value != defaults[name]}
+
+
+def measure(line: Line, lowered: Lowered, target: runtimes.Target) -> tuple[Variant, VariantReport]:
+    """Compiles, verifies and benchmarks; each is a stage of its own."""
+    recipe = line.recipe
+    variant, key, folder = compile_variant(line, lowered, target)
+    evaluated = line.evaluation.fingerprint() if line.evaluation else None
+    ground = {"compiled": key, "verify": recipe.verify.model_dump(), "seed": recipe.seed, "data": evaluated}
+    ground |= {"dims": recipe.dims}
+    fidelity = _kept(
+        line, "verify", ground, "fidelity.json", Fidelity, functools.partial(_fidelity, line, variant, lowered)
+    )
+    accuracy = None
+    if line.evaluation is not None:
+        accuracy = _kept(
+            line, "accuracy", ground, "accuracy.json", Accuracy, functools.partial(_accuracy, line, variant)
+        )
+    ground = {"compiled": key, "benchmark": recipe.benchmark.model_dump(), "cores": usable_cores()}
+    ground |= {"dims": recipe.dims}
+    bench = _benchmarked(line, ground, functools.partial(_benchmark, line, variant, folder))
+    size = sum(file.stat().st_size for file in (folder / "files").glob("model.onnx*"))
+    report = VariantReport(
+        name=variant.name,
+        target=str(target),
+        precision=variant.precision,
+        size=size,
+        fidelity=fidelity,
+        accuracy=accuracy,
+        benchmark=bench,
+        int8=lowered.int8,
+    )
+    return variant, report
+
+
+def _kept(line: Line, name: str, ground: dict[str, object], file: str, kind: type[T], find: Callable[[], T]) -> T:
+    """A stage whose result is one small dataclass."""
+
+    def make(working: Path) -> None:
+        (working / file).write_text(dumps(find()), encoding="utf-8")
+
+    folder = line.stage(name, digest_of({"stage": name, **ground}), make)
+    return from_json(kind, json.loads((folder / file).read_text(encoding="utf-8")))
+
+
+def _benchmarked(line: Line, ground: dict[str, object], find: Callable[[], BenchReport]) -> BenchReport:
+    """The benchmark stage. What was measured while the machine had something else to do is not kept for others."""
+    key = digest_of({"stage": "benchmark", **ground})
+    with line.cache.reading("benchmark", key) as folder:
+        if folder is not None:
+            line.stages.append(StageReport("benchmark", 0.0, True))
+            return from_json(BenchReport, json.loads((folder / "benchmark.json").read_text(encoding="utf-8")))
+    started = time.perf_counter()
+    line.on_status("benchmark")
+    report = find()
+    line.stages.append(StageReport("benchmark", time.perf_counter() - started, False))
+    if not any(row.disturbed for row in report.rows):
+        with line.cache.writing("benchmark", key) as working:
+            (working / "benchmark.json").write_text(dumps(report), encoding="utf-8")
+    return report
+
+
+def _fidelity(line: Line, variant: Variant, lowered: Lowered) -> Fidelity:
+    with _open(variant) as session:
+        bound = line.recipe.verify.max_nmse
+        fidelity = compare(
+            line.reference_outputs,
+            session,
+            line.samples,
+            bound=bound_of(variant.precision, line.exported_model) if bound is None else bound,
+            inputs="evaluation data" if line.evaluation else "seeded random",
+        )
+    if not fidelity.passed:
+        graph = ir.load(lowered.folder / "model.onnx")
+        require(fidelity, line.exported_model, graph, line.samples[0], where=variant.name)
+    return fidelity
+
+
+def _accuracy(line: Line, variant: Variant) -> Accuracy:
+    dataset = line.evaluation
+    assert dataset is not None
+    with reference_session(line.exported / "model.onnx") as reference, _open(variant) as session:
+        return measure_accuracy(
+            reference,
+            session,
+            dataset,
+            data=f"{dataset.name} ({dataset.kind})",
+            total=dataset.len_hint,
+            on_status=line.on_status,
+        )
+
+
+def _benchmark(line: Line, variant: Variant, folder: Path) -> BenchReport:
+    options = line.recipe.benchmark
+    plan = Plan(
+        batch_sizes=tuple(options.batch_sizes),
+        threads=tuple(options.threads),
+        warmup=options.warmup,
+        duration_s=options.duration_s,
+        count=options.count,
+        percentiles=PERCENTILES,
+        dims=line.recipe.dims,
+        seed=line.recipe.seed,
+    )
+    subject = Subject(str(folder), compiled=True, options=variant.session_options)
+    report = benchmark(subject, plan, on_status=line.on_status)
+    # the folder that was measured is the cache's; the artifact says which of its variants that is
+    return dataclasses.replace(report, subject=variant.name)
+
+
+def _open(variant: Variant) -> runtimes.Session:
+    """A session of the files that will be shipped, with the options that they will carry."""
+    backend = runtimes.backend(variant.compiled.target.runtime)
+    return backend.load(
+        variant.compiled, options=session_options(variant.compiled.target, dict(variant.session_options))
+    )
