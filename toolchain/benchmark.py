@@ -219,7 +219,7 @@ def benchmark(subject: Subject, plan: Plan, *, on_status: Status = silent) -> Be
             )
     return BenchReport(
         Path(subject.path).name, target, tuple(rows), info, digest, cpu_model(), usable_cores(),
-        dict(package_versions()), datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        dict(package_versions()), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
 
 

@@ -127,16 +127,9 @@ def digest(path: Path) -> str:
     total = hashlib.sha256()
     for file in sorted({path.resolve(), *_sources(path), *_named_files(path)}):
         with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256") if sys.version_info >= (3, 11) else _digest(stream)
+            content = hashlib.file_digest(stream, "sha256")
         total.update(f"{content.hexdigest()}  {os.path.relpath(file, path.resolve().parent)}\n".encode())
     return total.hexdigest()
-
-
-def _digest(stream: Any) -> Any:
-    total = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        total.update(block)
-    return total
 
 
 def _tree(path: Path) -> ast.AST:
