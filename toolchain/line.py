@@ -43,6 +43,10 @@ from toolchain.report import StageReport, dumps, from_json
 from toolchain.seeded import seeded_inputs
 
 
+#: Batches of calibration data that biases are corrected by.
+_BIAS_BATCHES = 4
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Debugging:
     """What a build may do besides, see ``optimize``; with either of them nothing after the export is reused."""
@@ -293,6 +297,7 @@ class Line:
             exclude=tuple(options.exclude),
             weights=options.weights,
             bias_correction=options.bias_correction,
+            bias_samples=[b.inputs for b in itertools.islice(self.calibration_data or batches, _BIAS_BATCHES)],
             on_status=self.on_status,
         )
         write_onnx(model, working / "model.onnx")

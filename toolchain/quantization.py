@@ -159,6 +159,7 @@ def quantise_within_budget(
     exclude: tuple[str, ...] = (),
     weights: str = "balanced",
     bias_correction: str = "none",
+    bias_samples: Sequence[Feeds] | None = None,
     on_status: Status = silent,
 ) -> tuple[ir.Model, Int8Report]:
     """Quantises the graph and, where a budget asks for it, returns the fewest layers to float.
@@ -175,6 +176,7 @@ def quantise_within_budget(
         weights: how weight scales are chosen.
         bias_correction: "none", "fast", "sequential", or "auto": the first of them, in this order, that meets the
             budget, else the best; without a budget none.
+        bias_samples: batches whose means biases are corrected by; None takes ``samples``.
         on_status: is told what is going on.
 
     Raises:
@@ -187,7 +189,8 @@ def quantise_within_budget(
     def lowered(returned: tuple[str, ...]) -> tuple[ir.Model, tuple[Declined, ...]]:
         made, declined = lower_int8(model, target, calibration, exclude=(*exclude, *returned), weights=weights)
         if mode != "none":
-            correct_bias(model, made, samples, mode=mode, dialect=dialect_of(target))  # type: ignore[arg-type]
+            means_of = samples if bias_samples is None else bias_samples
+            correct_bias(model, made, means_of, mode=mode, dialect=dialect_of(target))  # type: ignore[arg-type]
         return made, declined
 
     def drop(returned: tuple[str, ...]) -> float:
