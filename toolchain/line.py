@@ -42,7 +42,6 @@ from toolchain.recipe import Recipe
 from toolchain.report import StageReport, dumps, from_json
 from toolchain.seeded import seeded_inputs
 
-
 #: Batches of calibration data that biases are corrected by.
 _BIAS_BATCHES = 4
 
