@@ -12,6 +12,9 @@ the same everywhere. Addends and conditions may have any shape that leaves the s
 may also be dynamic expansions of one value, which is what exporters make of an attention mask that masks
 nothing.
 
+A bias of nothing but zeros is left out of Conv, ConvTranspose and Gemm: the kernel would add it all the same, which was
+measured to cost ResNet-50 0.5 to 1 % (a BatchNormalization that was never trained leaves such biases).
+
 A graph output keeps its name: the value before the node takes it over. Where that is impossible (it is an
 input, an initializer, a value of an outer graph or an output itself), the node stays.
 """
@@ -39,11 +42,14 @@ from passes._graph import (
     replace,
     same_shape,
     scopes,
+    set_inputs,
 )
 from passes.base import Declined, Outcome, Pass, in_standard_domain, label
 
 #: "to the end" in a Slice: exporters write the largest int32 or int64
 _TO_THE_END = 2**31 - 1
+#: what is larger than this is no bias that one would read through
+_MOST_BIASES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +69,12 @@ class EliminateNoops(Pass):
 def _sweep(scope: Scope, declined: list[Declined]) -> int:
     count = 0
     for node in list(scope.graph):
-        if not in_standard_domain(node) or node.op_type not in _RULES:
+        if not in_standard_domain(node):
+            continue
+        if _has_zero_bias(node, scope.opset):
+            set_inputs(node, node.inputs[:2])
+            count += 1
+        if node.op_type not in _RULES:
             continue
         same = _RULES[node.op_type](node, scope.opset)
         if isinstance(same, str):
@@ -80,6 +91,13 @@ def _sweep(scope: Scope, declined: list[Declined]) -> int:
             remove(node)
             count += 1
     return count
+
+
+def _has_zero_bias(node: ir.Node, opset: int) -> bool:
+    if not is_op(node, "Conv", "ConvTranspose") and not (is_op(node, "Gemm") and opset >= 11):
+        return False
+    bias = array(given(node, 2), max_size=_MOST_BIASES)
+    return bias is not None and not bias.any()
 
 
 #: the input that the output equals; None if there is none; a text if there might be one

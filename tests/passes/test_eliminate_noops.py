@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
-from pass_support import check, ops, parse
+from pass_support import check, ops, parse, run_ort
 
 from passes.eliminate_noops import EliminateNoops
 
@@ -228,3 +229,42 @@ def test_custom_domain_is_left_alone() -> None:
     text = """<ir_version: 8, opset_import: ["" : 18, "custom" : 1]>
     agraph (float[2] x) => (float[2] y) { a = custom.Identity (x) y = Neg (a) }"""
     check(parse(text), EliminateNoops(), fired=0, seeds=0)
+
+
+ZERO_BIAS = {
+    "conv": ("y = Conv (x, w, b)", (4, 3, 1, 1), 4, 20),
+    "conv opset 7": ("y = Conv (x, w, b)", (4, 3, 1, 1), 4, 7),
+    "transposed conv": ("y = ConvTranspose (x, w, b)", (3, 4, 1, 1), 4, 20),
+    "gemm": ("f = Flatten (x)  y = Gemm <beta = 0.5> (f, w, b)", (75, 4), 4, 20),
+}
+
+
+def _layer(text: str, opset: int, **constants: np.ndarray) -> onnx.ModelProto:
+    inputs = ", ".join(f"float[{', '.join(map(str, data.shape))}] {name}" for name, data in constants.items())
+    out = "N, 4" if "Gemm" in text else "N, 4, 5, 5"
+    return parse(f"g (float[N, 3, 5, 5] x, {inputs}) => (float[{out}] y) {{ {text} }}", opset=opset, **constants)
+
+
+@pytest.mark.parametrize("case", ZERO_BIAS)
+def test_a_bias_of_zeros_is_left_out(case: str) -> None:
+    text, shape, channels, opset = ZERO_BIAS[case]
+    weight = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    proto = _layer(text, opset, w=weight, b=np.zeros(channels, np.float32))
+    model, _ = check(proto, EliminateNoops(), fired=1, run=run_ort)
+    layer = next(node for node in model.graph if node.op_type in ("Conv", "ConvTranspose", "Gemm"))
+    assert [value.name for value in layer.inputs if value is not None] == ["x" if "gemm" not in case else "f", "w"]
+
+
+@pytest.mark.parametrize("case", ["one is not zero", "overridable", "gemm before opset 11"])
+def test_a_bias_that_may_count_stays(case: str) -> None:
+    gemm = case.startswith("gemm")
+    text, shape, channels, opset = ZERO_BIAS["gemm" if gemm else "conv"]
+    bias = np.zeros(channels, np.float32)
+    if case == "one is not zero":
+        bias[2] = 1e-20
+    proto = _layer(text, 9 if gemm else opset, w=np.ones(shape, np.float32), b=bias)
+    if case == "overridable":
+        proto.graph.input.append(onnx.helper.make_tensor_value_info("b", onnx.TensorProto.FLOAT, [channels]))
+    outcome = EliminateNoops()(ir.from_proto(proto))
+    layer = next(node for node in outcome.model.graph if node.op_type in ("Conv", "Gemm"))
+    assert len(layer.inputs) == 3
