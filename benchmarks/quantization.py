@@ -61,10 +61,14 @@ def child(do: str, *, python: str = sys.executable, **job: Any) -> dict[str, Any
     if python == sys.executable:  # another interpreter has its own packages, and needs none of ours
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [python, str(_CHILD), json.dumps({"do": do, **job})]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=_SECONDS)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"no end after {_SECONDS} s"}
+    # in a folder of its own: onnxruntime.quantization leaves files where it is run
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            done = subprocess.run(
+                command, cwd=scratch, capture_output=True, text=True, check=False, env=environment, timeout=_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return {"failed": f"no end after {_SECONDS} s"}
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         reason = lines[-1] if lines and done.returncode > 0 else f"exit code {done.returncode}"
@@ -259,7 +263,7 @@ def _tensorrt(folder: Path, python: str | None) -> dict[str, Any]:
 def _interpreter(asked: str | None, module: str) -> str | None:
     """The interpreter that has the module: the one asked for, else this one, else none."""
     if asked:
-        return asked
+        return os.path.abspath(asked)  # not resolved: a virtual environment is known by its link
     return sys.executable if importlib.util.find_spec(module) else None
 
 
@@ -279,7 +283,9 @@ def main() -> None:
     options.trt_python = _interpreter(options.trt_python, "tensorrt_rtx")
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
-        options.work = options.work or Path(temporary)
+        # absolute: the children run elsewhere
+        options.work = (options.work or Path(temporary)).resolve()
+        options.assets = options.assets.resolve()
         for name in options.models:
             results[name] = measure(CASES[name], options)
             show(CASES[name], results[name])
