@@ -123,17 +123,23 @@ def _sha256(path: Path) -> tuple[str, _Identity]:
         return digest.hexdigest(), _identity(os.fstat(descriptor))
 
 
+def cache_root() -> Path | None:
+    """``$TOOLCHAIN_CACHE``, or ``onnx-toolchain`` in the user's cache folder; None for a user without a home."""
+    if own := os.environ.get("TOOLCHAIN_CACHE"):
+        return Path(own)
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg) / "onnx-toolchain"
+    try:
+        return Path.home() / ".cache" / "onnx-toolchain"
+    except RuntimeError:  # no home
+        return None
+
+
 def _receipt_file(root: Path) -> Path | None:
     """Where the receipt of an artifact is kept. Named after the folder's inode, so that a rename keeps it."""
-    if own := os.environ.get("TOOLCHAIN_CACHE"):
-        cache = Path(own)
-    elif xdg := os.environ.get("XDG_CACHE_HOME"):
-        cache = Path(xdg) / "onnx-toolchain"
-    else:
-        try:
-            cache = Path.home() / ".cache" / "onnx-toolchain"
-        except RuntimeError:  # no home
-            return None
+    cache = cache_root()
+    if cache is None:
+        return None
     status = os.stat(root)
     return cache / "receipts" / f"{status.st_dev:x}-{status.st_ino:x}.json"
 

@@ -25,7 +25,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolchain.errors import RecipeError
+from runtimes._digests import cache_root as runtimes_cache_root
+from toolchain.errors import RecipeError, StorageError
 from toolchain.storage import reported
 
 DEFAULT_CAP = "10G"
@@ -34,12 +35,11 @@ _LOCK = ".lock"
 
 
 def cache_root() -> Path:
-    """``$TOOLCHAIN_CACHE``, or ``onnx-toolchain`` in the user's cache folder."""
-    explicit = os.environ.get("TOOLCHAIN_CACHE")
-    if explicit:
-        return Path(explicit)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "onnx-toolchain"
+    """Where the cache is; see ``runtimes``, whose receipts lie there too. Raises StorageError without any place."""
+    root = runtimes_cache_root()
+    if root is None:
+        raise StorageError("there is no home folder to keep a cache in", hint="set TOOLCHAIN_CACHE to a folder")
+    return root
 
 
 def cap_bytes() -> int:
