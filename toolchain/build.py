@@ -147,6 +147,11 @@ def _pack(line: Line, report: BuildReport, variants: list[Variant]) -> None:
     metadata = {
         "build_key": line.build_key,
         "source": {"model": report.model, "weights": report.weights, "provenance": dict(meta.provenance)},
+        "data": {
+            name: data.describe()
+            for name, data in (("evaluation", line.evaluation), ("calibration", line.calibration_data))
+            if data is not None
+        },
         "warnings": list(report.warnings),
         "label_offset": meta.label_offset,
         "preprocessing": meta.preprocessing.to_json() if meta.preprocessing else None,

@@ -192,6 +192,11 @@ def test_labelled_data_gives_the_accuracy_of_both(model: Path, tmp_path: Path) -
     assert accuracy is not None
     assert (accuracy.samples, accuracy.top1, accuracy.agreement) == (21, pytest.approx(14 / 21), 1)
     assert built.report.variants[0].fidelity.inputs == "evaluation data"
+    manifest = json.loads((built.path / "manifest.json").read_text())
+    recorded = manifest["additional_metadata"]["toolchain"]["data"]
+    assert recorded["evaluation"]["name"] == "data.npz"
+    assert recorded["evaluation"]["samples"] == 21
+    assert "calibration" not in recorded
 
 
 def test_nan_weights_stop_the_build(tmp_path: Path) -> None:
