@@ -137,6 +137,7 @@ def load(
     variant: str | None = None,
     options: Any = None,
     verify: bool = True,
+    trust: bool = False,
 ) -> Session:
     """Makes a session of an artifact or of an ONNX file.
 
@@ -151,6 +152,8 @@ def load(
         options: the backend's options type, or a mapping with fields of it. In place of those that the
             artifact carries.
         verify: compare digests. Without it a damaged or changed file goes unnoticed.
+        trust: vouch for compiled code (TensorRT plans) that was not built on this machine. A plan is native code:
+            whoever made it can do here what this process can.
 
     Raises:
         InvalidModel: the ONNX file is none, or refers to files outside its folder.
@@ -166,42 +169,46 @@ def load(
     from runtimes import package as packages
 
     if path.is_dir():
-        return _load_package(packages, path, target=target, variant=variant, options=options, verify=verify)
+        return _load_package(
+            packages, path, target=target, variant=variant, options=options, verify=verify, trust=trust
+        )
     if variant is not None:
         raise InvalidInput("an ONNX file has no variants", where=str(path), hint="leave variant= out")
     parsed = Target.parse(target or "ort-cpu")
     chosen = backend(parsed.runtime)
     return chosen.load(
-        Compiled(parsed, path.parent, model_file=path.name, remarks=("the file is a bare model",)),
+        Compiled(parsed, path.parent, model_file=path.name, remarks=("the file is a bare model",), trusted=trust),
         options=_typed_options(chosen, options),
     )
 
 
 def _load_package(
-    packages: Any, path: Path, *, target: str | None, variant: str | None, options: Any, verify: bool
+    packages: Any, path: Path, *, target: str | None, variant: str | None, options: Any, verify: bool, trust: bool
 ) -> Session:
     found = packages.read_package(path)
     try:
-        return _load_variant(packages, found, target=target, variant=variant, options=options, verify=verify)
+        return _load_variant(
+            packages, found, target=target, variant=variant, options=options, verify=verify, trust=trust
+        )
     except InvalidArtifact:
         # A rebuild may have put another artifact in its place between the manifest and the files: then once more.
         now = packages.read_package(path)
         if now.digest == found.digest:
             raise
-        return _load_variant(packages, now, target=target, variant=variant, options=options, verify=verify)
+        return _load_variant(packages, now, target=target, variant=variant, options=options, verify=verify, trust=trust)
 
 
 def _load_variant(
-    packages: Any, found: Any, *, target: str | None, variant: str | None, options: Any, verify: bool
+    packages: Any, found: Any, *, target: str | None, variant: str | None, options: Any, verify: bool, trust: bool
 ) -> Session:
     if target is not None:
         backend(Target.parse(target).runtime)  # an unknown name is told with its nearest, whatever is offered
     picked, why = packages.choose_variant(
-        found, variant=variant, target=target, probe=lambda name: backend(name).probe()
+        found, variant=variant, target=target, can_run=lambda t: backend(t.runtime).can_run(t)
     )
     chosen = backend(picked.target.runtime)
     typed = _typed_options(chosen, picked.session_options if options is None else options)
-    compiled = found.compiled(picked)
+    compiled = dataclasses.replace(found.compiled(picked), trusted=trust)
     if verify:
         selected = chosen.selects(compiled, options=typed)
         found.verify(found.needed(picked, selected))

@@ -21,6 +21,12 @@ def is_symbol(dim: int | str | None) -> bool:
     return isinstance(dim, str) and dim != "None" and _SYMBOL.fullmatch(dim) is not None
 
 
+def check_place(outputs: object) -> None:
+    """Raises InvalidInput where ``run(outputs=...)`` is neither "host" nor "device"."""
+    if outputs not in ("host", "device"):
+        raise InvalidInput(f"outputs={outputs!r}: it is 'host' or 'device'")
+
+
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The numpy dtype of ``TensorSpec.dtype``; strings are objects.
 

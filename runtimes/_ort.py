@@ -11,13 +11,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from runtimes._inputs import InputCheck, is_symbol, numpy_dtype
+from runtimes._inputs import InputCheck, check_place, is_symbol, numpy_dtype
 from runtimes.base import (
     Binding,
     CompileFailed,
     Error,
     InvalidInput,
     InvalidModel,
+    Place,
     RunFailed,
     Session,
     SessionClosed,
@@ -176,7 +177,9 @@ class OrtSession(Session):
         self._run_bound = raw.run_with_iobinding
         self._session: Any = session
 
-    def run(self, feeds: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, Any], /, *, outputs: Place = "host") -> dict[str, Any]:
+        if outputs != "host":
+            check_place(outputs)
         checked = self._check(feeds)
         try:
             return dict(zip(self._names, self._run(self._names, checked, None)))  # noqa: B905 - 80 ns

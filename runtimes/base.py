@@ -23,9 +23,12 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+
+#: Where ``Session.run`` leaves its results.
+Place = Literal["host", "device"]
 
 
 class Error(Exception):
@@ -102,12 +105,12 @@ class TensorSpec:
         return f"{self.name}: {self.dtype}[{dims}]"
 
 
-_TARGET = re.compile(r"(?P<runtime>[a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?::(?P<device>[A-Za-z0-9_.]+))?")
+_TARGET = re.compile(r"(?P<runtime>[a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?::(?P<device>[A-Za-z0-9_.]+(?:,[A-Za-z0-9_.]+)*))?")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Target:
-    """A runtime and, where it has several, the device: ``ort-cpu``, ``ort-cuda:0``, ``tensorrt-rtx:sm89``."""
+    """A runtime and, where it has several, the device: ``ort-cpu``, ``ort-cuda:0``, ``tensorrt-rtx:sm86,sm89``."""
 
     runtime: str
     device: str | None = None
@@ -155,6 +158,7 @@ class Compiled:
         fingerprint: what ``prepared_file`` is bound to, each as text. It is used only where all of
             it is equal on the machine that loads.
         remarks: what a person should know, such as why there is no prepared file.
+        trusted: the caller vouches for files that are native code, wherever they were made. Never written down.
     """
 
     target: Target
@@ -162,9 +166,11 @@ class Compiled:
     model_file: str | None
     prepared_file: str | None = None
     fingerprint: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    trusted: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the folder, as JSON values; ``from_json`` with the folder reads it back."""
+        """Everything but the folder and the trust, as JSON values; ``from_json`` with the folder reads it back."""
         return {
             "target": str(self.target),
             "model_file": self.model_file,
@@ -179,8 +185,6 @@ class Compiled:
         target = Target.parse(tree["target"])
         remarks = tuple(tree.get("remarks", ()))
         return cls(target, directory, tree["model_file"], tree["prepared_file"], dict(tree["fingerprint"]), remarks)
-
-    remarks: tuple[str, ...] = ()
 
 
 class Binding(abc.ABC):
@@ -207,11 +211,14 @@ class Session(abc.ABC):
     info: Mapping[str, str]
 
     @abc.abstractmethod
-    def run(self, feeds: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, Any], /, *, outputs: Place = "host") -> dict[str, Any]:
         """Runs the model once.
 
         Args:
-            feeds: an array for each of ``inputs``, of exactly its dtype; nothing is cast.
+            feeds: an array for each of ``inputs``, of exactly its dtype; nothing is cast. A session on a GPU also
+                takes arrays that are there already (DLPack or ``__cuda_array_interface__``), and does not copy them.
+            outputs: where the results are left: "host" gives numpy arrays; "device" gives arrays in the memory of
+                the session's device, with DLPack where that is a GPU. On a CPU both are the same.
 
         Returns:
             A new array for each of ``outputs``, in their order.
@@ -255,6 +262,14 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def probe(self) -> Availability:
         """Says whether this backend works here, cheaply and without raising."""
+
+    def can_compile(self, target: Target) -> Availability:
+        """Says whether ``compile`` works here for a target. Some compile for devices that are not here."""
+        return self.probe()
+
+    def can_run(self, target: Target) -> Availability:
+        """Says whether ``load`` works here for a target, without raising."""
+        return self.probe()
 
     @abc.abstractmethod
     def compile(self, model: Path, target: Target, directory: Path, *, options: Any = None) -> Compiled:

@@ -147,7 +147,7 @@ def choose_variant(
     *,
     variant: str | None = None,
     target: str | None = None,
-    probe: Callable[[str], Availability],
+    can_run: Callable[[Target], Availability],
 ) -> tuple[Variant, str]:
     """Picks the variant to load, and says why.
 
@@ -155,7 +155,7 @@ def choose_variant(
         package: what to choose from.
         variant: by name.
         target: by target; one without a device takes any device.
-        probe: says of a runtime's name whether it works here; raises Error for a name that nobody knows.
+        can_run: says of a target whether it can be loaded here; raises Error for a runtime that nobody knows.
 
     Raises:
         InvalidArtifact: there is no such variant.
@@ -179,7 +179,7 @@ def choose_variant(
     remedies: list[str] = []
     for candidate in asked:
         try:
-            state = probe(candidate.target.runtime)
+            state = can_run(candidate.target)
         except Error as error:
             refused.append(f"{candidate.name}: {error.what}")
             continue

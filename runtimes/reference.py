@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from runtimes._inputs import InputCheck, numpy_dtype
+from runtimes._inputs import InputCheck, check_place, numpy_dtype
 from runtimes.base import (
     Availability,
     Backend,
@@ -25,6 +25,7 @@ from runtimes.base import (
     CompileFailed,
     InvalidInput,
     InvalidModel,
+    Place,
     RunFailed,
     Session,
     SessionClosed,
@@ -118,7 +119,9 @@ class ReferenceSession(Session):
         self._lock = threading.Lock()
         self._evaluator: Any = evaluator
 
-    def run(self, feeds: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, Any], /, *, outputs: Place = "host") -> dict[str, Any]:
+        if outputs != "host":
+            check_place(outputs)
         checked = dict(self._check(feeds))
         with self._lock:
             if self._evaluator is None:

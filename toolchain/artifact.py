@@ -34,8 +34,8 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Such as ``ort-cpu-fp32``; it names the folder too, so a device's colon becomes a dash."""
-        return f"{str(self.compiled.target).replace(':', '-')}-{self.precision}"
+        """Such as ``ort-cpu-fp32``; it names the folder too, so a device's colon and commas become dashes."""
+        return f"{str(self.compiled.target).replace(':', '-').replace(',', '-')}-{self.precision}"
 
 
 def check_destination(destination: Path) -> None:

@@ -85,7 +85,7 @@ def build(
 
 def _require(target: runtimes.Target) -> None:
     """Refuses a target that cannot be compiled for here before any work is done. Raises TargetUnavailable."""
-    state = runtimes.backend(target.runtime).probe()
+    state = runtimes.backend(target.runtime).can_compile(target)
     if not state.available:
         raise runtimes.TargetUnavailable(
             f"cannot build for {target}: {state.reason}", where=f"target {target}", hint=state.remedy

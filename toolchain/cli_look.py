@@ -91,7 +91,7 @@ def _inspect_artifact(path: Path) -> dict[str, Any]:
     found.verify()
     variants = []
     for variant in found.variants:
-        state = runtimes.backend(variant.target.runtime).probe()
+        state = runtimes.backend(variant.target.runtime).can_run(variant.target)
         here = "runs here" if state.available else f"does not run here: {state.reason}"
         variants.append(f"{variant.name}: {variant.precision} for {variant.target}, {here}")
     metadata = found.metadata

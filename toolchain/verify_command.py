@@ -70,7 +70,9 @@ def verify_path(
     if path.is_dir():
         found = package.read_package(path)
         found.verify()
-        chosen, _ = package.choose_variant(found, variant=variant, probe=lambda name: runtimes.backend(name).probe())
+        chosen, _ = package.choose_variant(
+            found, variant=variant, can_run=lambda target: runtimes.backend(target.runtime).can_run(target)
+        )
         model_file = path / chosen.directory / chosen.model_file if chosen.model_file else None
         against = against or path / EXPORTED
         precision = chosen.precision

@@ -354,3 +354,11 @@ def test_load_and_close_leaves_nothing(backend: str, tmp_path: Path) -> None:
         cycle()
     gc.collect()
     assert _resident() - before < 30 << 20
+
+
+def test_results_can_be_left_on_the_device(load: Load) -> None:
+    session = load(RELU)
+    feeds = {"x": np.array([[-1, 2, 3]], "float32")}
+    assert np.array_equal(np.from_dlpack(session.run(feeds, outputs="device")["y"]), [[0, 2, 3]])
+    with pytest.raises(runtimes.InvalidInput, match="'host' or 'device'"):
+        session.run(feeds, outputs="cpu")  # type: ignore[arg-type]
