@@ -183,7 +183,7 @@ def _gather(
     def take(piece: _Piece, before: concurrent.futures.Future[int] | None) -> int:
         """Elements of a sample in all that is observed."""
         values = {**piece.feeds, **session.run(piece.feeds)}
-        elements = sum(values[name].size for name in found.plan.observed) // piece.count
+        elements: int = sum(values[name].size for name in found.plan.observed) // piece.count
         if before is not None:
             before.result()
         with lock:
