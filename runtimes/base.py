@@ -258,6 +258,8 @@ class Backend(abc.ABC):
     device_class: ClassVar[str]
     #: a frozen dataclass: the typed session options
     options_type: ClassVar[type]
+    #: the option that sets the number of threads; None where there is none
+    threads_option: ClassVar[str | None] = None
 
     @abc.abstractmethod
     def probe(self) -> Availability:

@@ -38,16 +38,39 @@ def _say(answer: dict[str, Any]) -> None:
 
 def _load(subject: dict[str, Any], threads: int) -> tuple[runtimes.Session, float]:
     started = time.perf_counter()
-    options: Any = None
-    if threads or subject["options"]:
-        options = {**subject["options"], **({"intra_op_threads": threads} if threads else {})}
     if subject["compiled"]:
         compiled = read_compiled(Path(subject["path"]))
-        typed = session_options(compiled.target, options or {})
+        typed = session_options(compiled.target, _options(compiled.target, subject["options"], threads))
         session = runtimes.backend(compiled.target.runtime).load(compiled, options=typed)
     else:
+        options = subject["options"] or None
+        if threads:
+            options = _options(_target(subject), subject["options"], threads)
         session = runtimes.load(subject["path"], target=subject["target"], variant=subject["variant"], options=options)
     return session, (time.perf_counter() - started) * 1e3
+
+
+def _target(subject: dict[str, Any]) -> runtimes.Target:
+    """What ``runtimes.load`` will take: how threads are asked for depends on it."""
+    path = Path(subject["path"])
+    if not path.is_dir():
+        return runtimes.Target.parse(subject["target"] or "ort-cpu")
+    from runtimes import package
+
+    chosen, _ = package.choose_variant(
+        package.read_package(path),
+        variant=subject["variant"],
+        target=subject["target"],
+        can_run=lambda target: runtimes.backend(target.runtime).can_run(target),
+    )
+    return chosen.target
+
+
+def _options(target: runtimes.Target, options: dict[str, Any], threads: int) -> dict[str, Any]:
+    name = runtimes.backend(target.runtime).threads_option
+    if threads and name is None:
+        raise runtimes.InvalidInput(f"{target} has no number of threads to set", hint="leave --threads out")
+    return {**options, name: threads} if threads and name else options
 
 
 def _run(job: dict[str, Any]) -> None:

@@ -12,17 +12,18 @@ import runtimes
 from toolchain import calibration_file
 from toolchain.artifact import CALIBRATION, Variant, read_report, write_artifact
 from toolchain.cache import Cache
+from toolchain.compile import session_options
 from toolchain.errors import FidelityError, GraphError
 from toolchain.export import Exported
-from toolchain.line import Debugging, Line
+from toolchain.line import Debugging, Line, Lowered
 from toolchain.machine import this_machine
-from toolchain.measure import compile_variant, measure
+from toolchain.measure import compared, compile_variant, measure, session_values
 from toolchain.optimize import PassReport
 from toolchain.progress import Status, silent
-from toolchain.quantization import turn_by_turn
 from toolchain.recipe import Recipe, dump
 from toolchain.render import html
 from toolchain.report import BuildReport, VariantReport, dumps, from_json, to_json
+from toolchain.targets import cannot_run, float_precision, ranked
 
 __all__ = ["Built", "Debugging", "build"]
 
@@ -44,7 +45,8 @@ def build(
     debugging: Debugging | None = None,
     on_status: Status = silent,
 ) -> Built:
-    """Builds the recipe: export, optimize, then for each target lower, compile, verify and benchmark, then pack.
+    """Builds the recipe: export, optimize, then for each target lower, compile, verify
+    and benchmark, then rank and pack.
 
     Args:
         recipe: what to build.
@@ -59,12 +61,12 @@ def build(
     with contextlib.ExitStack() as held:
         line = Line(recipe, cache, debugging or Debugging(), on_status, held)
         for target in line.targets:
-            _require(target)
+            _require(target, recipe)
         exported = line.exported
         kept = _kept(line) if reuse else None
         if kept is not None:
             return Built(line.destination, kept, True)
-        found = [pair for target in line.targets for pair in _variants(line, target)]
+        found = _ranked(line, [pair for target in line.targets for pair in _variants(line, target)])
         report = BuildReport(
             name=line.name,
             model=line.source.public,
@@ -83,8 +85,16 @@ def build(
         return Built(line.destination, report, False)
 
 
-def _require(target: runtimes.Target) -> None:
-    """Refuses a target that cannot be compiled for here before any work is done. Raises TargetUnavailable."""
+def _require(target: runtimes.Target, recipe: Recipe) -> None:
+    """Refuses what cannot be compiled for here, or not with these options, before any work is done.
+
+    Raises:
+        TargetUnavailable: the runtime does not work here, or does not know the device.
+        InvalidInput: an option that it does not have.
+    """
+    for name in recipe.options:
+        runtimes.backend(name)  # the nearest names, where there is no such runtime
+    session_options(target, session_values(recipe, target))
     state = runtimes.backend(target.runtime).can_compile(target)
     if not state.available:
         raise runtimes.TargetUnavailable(
@@ -97,41 +107,74 @@ def _kept(line: Line) -> BuildReport | None:
     if not line.destination.exists() or line.debugging != Debugging():
         return None
     report = read_report(line.destination, build_key=line.build_key)
-    if report is None or any(row.disturbed for variant in report.variants for row in variant.benchmark.rows):
+    rows = [row for variant in report.variants if variant.benchmark for row in variant.benchmark.rows] if report else []
+    if report is None or any(row.disturbed for row in rows):
         return None  # a disturbed benchmark is measured again
     # what the stages took when they ran is not what they took now
     stages = tuple(dataclasses.replace(stage, seconds=0.0, cached=True) for stage in report.stages)
     return dataclasses.replace(report, stages=stages)
 
 
-def _variants(line: Line, target: runtimes.Target) -> list[tuple[Variant, VariantReport]]:
-    """What is shipped for one target, best first: one precision, or with ``auto`` float32 and INT8 where that is
-    faster and keeps the budget."""
-    precision = line.recipe.precision
+#: One that may be shipped: what goes into the package, what was found out about it, and the graph it is made of.
+_Pair = tuple[Variant, VariantReport, Lowered]
+
+
+def _variants(line: Line, target: runtimes.Target) -> list[_Pair]:
+    """What is shipped for one target: one precision, or with ``auto`` a float one and INT8 where that is faster and
+    keeps the budget. Where the target's device is not here, nothing says which is faster, and both are shipped."""
+    precision: str = line.recipe.precision
+    plain = float_precision(target) if precision in ("default", "auto") else "fp32"
+    if precision == "default":
+        precision = plain
+
+    def measured(precision: str) -> _Pair:
+        lowered = line.lower(target, precision)
+        return (*measure(line, lowered, target), lowered)
+
     if precision not in ("int8", "auto"):
-        return [measure(line, line.lower(target, precision), target)]
+        return [measured(precision)]
     try:
-        variant, report = measure(line, line.lower(target, "int8"), target)
+        quantised = measured("int8")
     except (FidelityError, GraphError) as error:
         if precision == "int8":
             raise
-        fallback, measured = measure(line, line.lower(target, "fp32"), target)
-        return [(fallback, dataclasses.replace(measured, remark=f"no INT8: {error.what}"))]
-    plain = line.lower(target, "fp32")
-    ratio = turn_by_turn(
-        compile_variant(line, line.lower(target, "int8"), target)[2], compile_variant(line, plain, target)[2]
+        return [_remarked(measured(plain), f"no INT8: {error.what}")]
+    if cannot_run(target) is not None:
+        return [quantised] if precision == "int8" else [quantised, measured(plain)]
+    float_graph = line.lower(target, plain)
+    ratio = compared(
+        line, compile_variant(line, quantised[2], target), compile_variant(line, float_graph, target)
     ).ratio
-    remark = f"INT8 takes {ratio:.2f} x the time of float32 at batch 1, measured turn by turn"
+    name = {"fp32": "float32", "fp16": "float16"}[plain]
+    remark = f"INT8 takes {ratio:.2f} x the time of {name}, measured turn by turn"
     if ratio > 1:
         remark += ": it is slower here"
-    report = dataclasses.replace(report, remark=remark)
     if precision == "int8":
-        return [(variant, report)]
-    fallback, measured = measure(line, plain, target)
-    both = [(variant, report), (fallback, measured)]
+        return [_remarked(quantised, remark)]
     if ratio > 1:
-        return [(fallback, dataclasses.replace(measured, remark=f"no INT8: {remark}"))]
-    return both
+        return [_remarked(measured(plain), f"no INT8: {remark}")]
+    return [_remarked(quantised, remark), measured(plain)]
+
+
+def _remarked(pair: _Pair, remark: str) -> _Pair:
+    variant, report, lowered = pair
+    return variant, dataclasses.replace(report, remark=remark), lowered
+
+
+def _ranked(line: Line, found: list[_Pair]) -> list[tuple[Variant, VariantReport]]:
+    """The variants as ``runtimes.load`` is to try them."""
+
+    def faster(a: _Pair, b: _Pair) -> bool:
+        sides = [compile_variant(line, lowered, variant.compiled.target) for variant, _, lowered in (a, b)]
+        return compared(line, sides[0], sides[1]).ratio < 1
+
+    order = ranked(
+        found,
+        timed=lambda pair: pair[1].benchmark is not None,
+        faster=faster,
+        on_gpu=lambda pair: runtimes.backend(pair[0].compiled.target.runtime).device_class == "gpu",
+    )
+    return [(variant, report) for variant, report, _ in order]
 
 
 def _warnings(exported: Exported) -> tuple[str, ...]:
@@ -163,10 +206,14 @@ def _pack(line: Line, report: BuildReport, variants: list[Variant]) -> None:
         "int8": _by_name(report, lambda v: to_json(v.int8)),
         "latency_ms": _by_name(
             report,
-            lambda v: [
-                {"batch": r.batch, "threads": r.threads, "p50": r.percentiles_ms[50], "valid": r.valid}
-                for r in v.benchmark.rows
-            ],
+            lambda v: (
+                [
+                    {"batch": r.batch, "threads": r.threads, "p50": r.percentiles_ms[50], "valid": r.valid}
+                    for r in v.benchmark.rows
+                ]
+                if v.benchmark
+                else None
+            ),
         ),
         "machine": to_json(this_machine()),
     }

@@ -73,7 +73,8 @@ def _options(
 def build(
     model: Model,
     target: Annotated[
-        list[str] | None, typer.Option(help="what to build for; may be repeated", show_default="ort-cpu")
+        list[str] | None,
+        typer.Option(help="what to build for; may be repeated; auto: all that works here", show_default="ort-cpu"),
     ] = None,
     weights: Weights = None,
     seed: Seed = None,
@@ -86,7 +87,7 @@ def build(
         str | None,
         typer.Option(
             help="fp32, int8, auto (int8 if faster and good enough), int8-dynamic, int8-weights, fp16",
-            show_default="fp32",
+            show_default="fp16 on TensorRT, else fp32",
         ),
     ] = None,
     data: Annotated[

@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 import runtimes
 from passes._quant import Calibration
-from toolchain import calibration_file, models
+from toolchain import calibration_file, models, targets
 from toolchain.artifact import check_destination
 from toolchain.cache import Cache, digest_of
 from toolchain.calibration import calibrate
@@ -86,7 +86,7 @@ class Line:
         self.stages: list[StageReport] = []
         self._folders: dict[tuple[str, str], Path] = {}
         self.source = models.resolve(recipe.model)
-        self.targets = [runtimes.Target.parse(text) for text in recipe.targets]
+        self.targets = targets.resolve(recipe.targets)
         self.name = recipe.name or self.source.name
         self.destination = Path(recipe.output or Path("artifacts") / self.name)
         check_destination(self.destination)
@@ -122,6 +122,7 @@ class Line:
             {
                 "optimized": self.optimize_key,
                 "recipe": self.recipe.model_dump(),
+                "targets": [str(target) for target in self.targets],
                 "data": datasets,
                 "calibration": self.calibration_file_digest,
                 "machine": [cpu_model(), usable_cores()],

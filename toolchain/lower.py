@@ -16,6 +16,9 @@ from toolchain.errors import GraphError
 #: Runtime -> the dialect of Q/DQ that it turns into integer kernels.
 DIALECTS: Mapping[str, str] = {
     "ort-cpu": "ort-cpu",
+    "ort-cuda": "tensorrt",  # its CUDA provider runs Q/DQ as they stand, its TensorRT provider fuses them
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt",
     "reference": "ort-cpu",
 }
 

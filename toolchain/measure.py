@@ -5,6 +5,7 @@ Each is a stage of the line, kept in the cache under its own key.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,15 +18,16 @@ import onnx_ir as ir
 
 import runtimes
 from toolchain.artifact import Variant
-from toolchain.benchmark import BenchReport, Plan, Subject, benchmark
+from toolchain.benchmark import BenchReport, Comparison, Plan, Subject, benchmark, compare_latency
 from toolchain.bounds import bound as bound_of
 from toolchain.cache import digest_of
 from toolchain.compile import compile_model, read_compiled, session_options
 from toolchain.evaluate import reference_session
 from toolchain.line import Line, Lowered
 from toolchain.machine import cpu_model, usable_cores
-from toolchain.recipe import SessionConfig
+from toolchain.recipe import Recipe, SessionConfig
 from toolchain.report import StageReport, VariantReport, dumps, from_json
+from toolchain.targets import cannot_run
 from toolchain.verify import Accuracy, Fidelity, compare, measure_accuracy, require
 
 T = TypeVar("T")
@@ -36,9 +38,12 @@ PERCENTILES = (50, 90)
 
 def compile_variant(line: Line, lowered: Lowered, target: runtimes.Target) -> tuple[Variant, str, Path]:
     """The compiled variant, its key, and the folder that ``benchmark`` takes."""
-    session = _session_values(line, target)
-    # the processor too: a prepared graph is bound to it
-    key = digest_of({"graph": lowered.key, "target": str(target), "session": session, "cpu": cpu_model()})
+    session = session_values(line.recipe, target)
+    state = runtimes.backend(target.runtime).can_compile(target)
+    # the processor and the runtime too: prepared graphs and engines are bound to them
+    key = digest_of(
+        {"graph": lowered.key, "target": str(target), "session": session, "cpu": cpu_model(), "runtime": state.version}
+    )
 
     def make(working: Path) -> None:
         options = session_options(target, session)
@@ -48,33 +53,39 @@ def compile_variant(line: Line, lowered: Lowered, target: runtimes.Target) -> tu
     return Variant(read_compiled(folder), lowered.precision, session), key, folder
 
 
-def _session_values(line: Line, target: runtimes.Target) -> dict[str, object]:
-    """The recipe's session options for this target. The section is one for all targets: what a runtime has no
-    option for is left out where the recipe leaves it at its default, and refused by the runtime where not."""
+def session_values(recipe: Recipe, target: runtimes.Target) -> dict[str, object]:
+    """The recipe's options for this target. The section ``session`` is one for all targets: what a runtime has no
+    option for is left out where the recipe leaves it at its default, and refused by the runtime where not. What
+    ``options`` says of the runtime goes over it."""
     known = {field.name for field in dataclasses.fields(runtimes.backend(target.runtime).options_type)}
     defaults = SessionConfig().model_dump()
-    values = line.recipe.session.model_dump()
-    return {name: value for name, value in values.items() if name in known or value != defaults[name]}
+    values = recipe.session.model_dump()
+    kept = {name: value for name, value in values.items() if name in known or value != defaults[name]}
+    return kept | recipe.options.get(target.runtime, {})
 
 
 def measure(line: Line, lowered: Lowered, target: runtimes.Target) -> tuple[Variant, VariantReport]:
-    """Compiles, verifies and benchmarks; each is a stage of its own."""
+    """Compiles, verifies and benchmarks; each is a stage of its own. What was compiled for a device that is not here
+    is not timed, and its graph is verified on the reference runtime as it stands."""
     recipe = line.recipe
     variant, key, folder = compile_variant(line, lowered, target)
+    absent = cannot_run(target)
     evaluated = line.evaluation.fingerprint() if line.evaluation else None
     ground = {"compiled": key, "verify": recipe.verify.model_dump(), "seed": recipe.seed, "data": evaluated}
-    ground |= {"dims": recipe.dims}
+    ground |= {"dims": recipe.dims, "absent": absent is not None}
     fidelity = _kept(
         line, "verify", ground, "fidelity.json", Fidelity, functools.partial(_fidelity, line, variant, lowered)
     )
     accuracy = None
     if line.evaluation is not None:
         accuracy = _kept(
-            line, "accuracy", ground, "accuracy.json", Accuracy, functools.partial(_accuracy, line, variant)
+            line, "accuracy", ground, "accuracy.json", Accuracy, functools.partial(_accuracy, line, variant, lowered)
         )
-    ground = {"compiled": key, "benchmark": recipe.benchmark.model_dump(), "cores": usable_cores()}
-    ground |= {"dims": recipe.dims}
-    bench = _benchmarked(line, ground, functools.partial(_benchmark, line, variant, folder))
+    bench = None
+    if absent is None:
+        ground = {"compiled": key, "benchmark": recipe.benchmark.model_dump(), "cores": usable_cores()}
+        ground |= {"dims": recipe.dims}
+        bench = _benchmarked(line, ground, functools.partial(_benchmark, line, variant, folder))
     size = sum(file.stat().st_size for file in (folder / "files").glob("model.onnx*"))
     report = VariantReport(
         name=variant.name,
@@ -85,8 +96,24 @@ def measure(line: Line, lowered: Lowered, target: runtimes.Target) -> tuple[Vari
         accuracy=accuracy,
         benchmark=bench,
         int8=lowered.int8,
+        not_run=absent,
     )
     return variant, report
+
+
+def compared(line: Line, a: tuple[Variant, str, Path], b: tuple[Variant, str, Path]) -> Comparison:
+    """Latency of one compiled variant against another's at the recipe's first batch size, turn by turn in one fresh
+    process; a stage, so that a pair is measured once."""
+    batch = line.recipe.benchmark.batch_sizes[0]
+
+    def find() -> Comparison:
+        plan = Plan(batch_sizes=(batch,), duration_s=1.0, count=10, warmup=5, dims=line.recipe.dims)
+        sides = [Subject(str(folder), compiled=True, options=variant.session_options) for variant, _, folder in (a, b)]
+        (found,) = compare_latency(sides[0], sides[1], plan, on_status=line.on_status)
+        return found
+
+    ground = {"a": a[1], "b": b[1], "batch": batch, "dims": line.recipe.dims, "cores": usable_cores()}
+    return _kept(line, "compare", ground, "comparison.json", Comparison, find)
 
 
 def _kept(line: Line, name: str, ground: dict[str, object], file: str, kind: type[T], find: Callable[[], T]) -> T:
@@ -117,7 +144,7 @@ def _benchmarked(line: Line, ground: dict[str, object], find: Callable[[], Bench
 
 
 def _fidelity(line: Line, variant: Variant, lowered: Lowered) -> Fidelity:
-    with _open(variant) as session:
+    with _open(variant, lowered) as session:
         bound = line.recipe.verify.max_nmse
         fidelity = compare(
             line.reference_outputs,
@@ -132,10 +159,10 @@ def _fidelity(line: Line, variant: Variant, lowered: Lowered) -> Fidelity:
     return fidelity
 
 
-def _accuracy(line: Line, variant: Variant) -> Accuracy:
+def _accuracy(line: Line, variant: Variant, lowered: Lowered) -> Accuracy:
     dataset = line.evaluation
     assert dataset is not None
-    with reference_session(line.exported / "model.onnx") as reference, _open(variant) as session:
+    with reference_session(line.exported / "model.onnx") as reference, _open(variant, lowered) as session:
         return measure_accuracy(
             reference,
             session,
@@ -164,9 +191,12 @@ def _benchmark(line: Line, variant: Variant, folder: Path) -> BenchReport:
     return dataclasses.replace(report, subject=variant.name)
 
 
-def _open(variant: Variant) -> runtimes.Session:
-    """A session of the files that will be shipped, with the options that they will carry."""
-    backend = runtimes.backend(variant.compiled.target.runtime)
-    return backend.load(
-        variant.compiled, options=session_options(variant.compiled.target, dict(variant.session_options))
+def _open(variant: Variant, lowered: Lowered) -> contextlib.AbstractContextManager[runtimes.Session]:
+    """A session of the files that will be shipped, with the options that they will carry; where their device is not
+    here, one that runs the graph as it stands."""
+    target = variant.compiled.target
+    if cannot_run(target) is not None:
+        return reference_session(lowered.folder / "model.onnx")
+    return runtimes.backend(target.runtime).load(
+        variant.compiled, options=session_options(target, dict(variant.session_options))
     )

@@ -18,7 +18,10 @@ from runtimes import Error, Target
 from toolchain.errors import RecipeError
 from toolchain.storage import reported
 
-Precision = Literal["fp32", "int8", "auto", "int8-dynamic", "int8-weights", "fp16"]
+Precision = Literal["default", "fp32", "int8", "auto", "int8-dynamic", "int8-weights", "fp16"]
+
+#: In place of targets: every runtime that works here.
+AUTO = "auto"
 
 
 class _Section(pydantic.BaseModel):
@@ -113,7 +116,7 @@ class Recipe(_Section):
     seed: Annotated[int, pydantic.Field(ge=0, lt=2**32)] = 0
     name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     output: str | None = None
-    precision: Precision = "fp32"
+    precision: Precision = "default"
     targets: Annotated[list[str], pydantic.Field(min_length=1)] = ["ort-cpu"]
     dims: dict[str, Annotated[int, pydantic.Field(ge=1)]] = {}
     export: Export = Export()
@@ -123,6 +126,7 @@ class Recipe(_Section):
     verify: Verify = Verify()
     benchmark: Benchmark = Benchmark()
     session: SessionConfig = SessionConfig()
+    options: dict[str, dict[str, Any]] = {}
 
     @pydantic.field_validator("export", "data", "quantize", "verify", "benchmark", "session", mode="before")
     @classmethod
@@ -134,6 +138,8 @@ class Recipe(_Section):
     def _targets_parse(cls, value: list[str]) -> list[str]:
         for text in value:
             Target.parse(text)  # an InvalidInput is a ValueError: pydantic reports it at this key
+        if AUTO in value and len(value) > 1:
+            raise ValueError("auto stands alone: it is every runtime that works here")
         if len(set(value)) != len(value):
             raise ValueError("a target is listed twice")
         return value
@@ -324,10 +330,12 @@ seed: 0
 # name: my-model
 # output: artifacts/my-model
 
-# fp32; int8, which needs data.calibration or quantize.calibration; auto: both where int8 is faster and good enough;
+# default is fp16 on TensorRT and fp32 elsewhere; fp32; int8, which needs data.calibration or
+# quantize.calibration; auto: both where int8 is faster and good enough;
 # without calibration: int8-dynamic (activations quantised at run time, for transformers), int8-weights, fp16
-precision: fp32
-# One variant is built for each; `toolchain targets` lists them
+precision: default
+# One variant is built for each, and they are ranked by measured latency; `toolchain targets` lists them;
+# [auto] takes every runtime that works here
 targets: [ort-cpu]
 
 # Sizes of symbolic dimensions where inputs are made up, such as {{sequence: 128}}
@@ -390,6 +398,10 @@ session:
   graph_level: all
   arena: true
   spinning: true
+
+# Options of single runtimes, over those of session, such as
+#   tensorrt-rtx: {{optimization_level: 5}}
+options: {{}}
 """
 
 

@@ -67,19 +67,13 @@ def sections(report: BuildReport) -> list[Rows]:
             v.target,
             v.precision,
             megabytes(v.size),
-            milliseconds(v.benchmark.rows[0].percentiles_ms[50]),
-            "yes" if v.benchmark.rows[0].valid else "not valid, see below",
+            milliseconds(v.benchmark.rows[0].percentiles_ms[50]) if v.benchmark else "-",
+            "not run here" if v.benchmark is None else "yes" if v.benchmark.rows[0].valid else "not valid, see below",
         )
         for v in report.variants
     ]
-    header = (
-        "variant",
-        "target",
-        "precision",
-        "model size",
-        f"p50 ms, batch {report.variants[0].benchmark.rows[0].batch}",
-        "valid",
-    )
+    batch = next((f", batch {v.benchmark.rows[0].batch}" for v in report.variants if v.benchmark), "")
+    header = ("variant", "target", "precision", "model size", f"p50 ms{batch}", "valid")
     found.append(("Variants, best first", header, rows))
     rows = [
         ("ONNX against PyTorch", name, f"{e.max_abs:.2g}", decibels(e), percent(e.top1_agreement))
@@ -153,7 +147,8 @@ def sections(report: BuildReport) -> list[Rows]:
     if rows:
         found.append(("Declined (the first of each pass; report.json has all)", ("pass", "node", "why"), rows))
     for variant in report.variants:
-        found.append(bench_section(variant.benchmark, title=f"Benchmark of {variant.name}"))
+        if variant.benchmark is not None:
+            found.append(bench_section(variant.benchmark, title=f"Benchmark of {variant.name}"))
     rows = [(s.name, "from cache" if s.cached else "ran", f"{s.seconds:.2f} s") for s in report.stages]
     found.append(("Stages", ("stage", "how", "time"), rows))
     return found
@@ -194,9 +189,15 @@ def notes(report: BuildReport) -> list[str]:
         bench = variant.benchmark
         if variant.remark:
             lines.append(f"{variant.name}: {variant.remark}")
+        if variant.not_run:
+            lines.append(
+                f"{variant.name} was not run here ({variant.not_run}): its graph was, on the reference runtime"
+            )
+        if bench is None:
+            continue
         lines += [f"{variant.name}, batch {r.batch}: not valid, {r.reason}" for r in bench.rows if not r.valid]
         lines += [f"{variant.name}: {text}" for key, text in bench.info.items() if key == "remarks" and text]
-        runtime = next((f"{k} {v}" for k, v in bench.packages.items() if k.startswith("onnxruntime")), "")
+        runtime = bench.info.get("runtime", "")
         lines.append(
             f"{variant.name} was measured {bench.measured_at} on {bench.cpu}, {bench.cores} cores"
             + (f", with {runtime}" if runtime else "")

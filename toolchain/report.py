@@ -34,7 +34,9 @@ class VariantReport:
     Attributes:
         name, target, precision: of the variant.
         size: bytes of the portable model.
+        benchmark: None where its device is not here.
         int8: how it was quantised; None at other precisions.
+        not_run: why it was not run here, so that its graph was verified on the reference runtime instead.
         remark: what a reader should know besides.
     """
 
@@ -44,8 +46,9 @@ class VariantReport:
     size: int
     fidelity: Fidelity
     accuracy: Accuracy | None
-    benchmark: BenchReport
+    benchmark: BenchReport | None
     int8: Int8Report | None = None
+    not_run: str | None = None
     remark: str | None = None
 
 
