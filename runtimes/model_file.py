@@ -71,8 +71,8 @@ class ModelFile:
         opset_imports: operator domain ("" is ONNX's own) to version.
         ir_version: of the file format.
         producer: the name of the program that wrote it, "" where it says none.
-        unranked: inputs and outputs of the graph whose type states no shape at all. ONNX Runtime reports
-            those as scalars, so this is the only place that tells the two apart.
+        shapes: inputs and outputs of the graph that are tensors, with the shape that they declare, as in
+            ``TensorSpec``; runtimes forget the names of dimensions, or take no shape for a scalar's.
     """
 
     path: Path
@@ -80,7 +80,12 @@ class ModelFile:
     opset_imports: dict[str, int]
     ir_version: int
     producer: str
-    unranked: frozenset[str]
+    shapes: dict[str, tuple[int | str | None, ...] | None]
+
+    @property
+    def unranked(self) -> frozenset[str]:
+        """Inputs and outputs whose type states no shape at all."""
+        return frozenset(name for name, shape in self.shapes.items() if shape is None)
 
 
 def check_model_file(path: str | os.PathLike[str]) -> ModelFile:
@@ -107,7 +112,7 @@ def check_model_file(path: str | os.PathLike[str]) -> ModelFile:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Scan(path, data).model()
     except FileNotFoundError:
-        raise InvalidModel("there is no such file", where=str(path)) from None
+        raise InvalidModel("there is no such file", where=str(path), hint="give an .onnx file, or the folder of an artifact") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL, a file that shrank meanwhile
         reason = getattr(error, "strerror", None) or str(error)
         raise InvalidModel(f"the file cannot be read: {reason}", where=str(path)) from error
@@ -145,7 +150,7 @@ class _Scan:
         self._fields_left = _MAX_FIELDS
         self._data_files: dict[Path, int] = {}  # file -> size in bytes
         self._locations: dict[str, Path] = {}
-        self._unranked: set[str] = set()
+        self._shapes: dict[str, tuple[int | str | None, ...] | None] = {}
 
     def model(self) -> ModelFile:
         self._look_for_other_formats()
@@ -193,8 +198,7 @@ class _Scan:
                 if last - first <= _SEARCHED_WHOLE and self._data.find(b"location", first, last) < 0:
                     continue
                 todo.append((child, first, last, depth + 1))
-        unranked = frozenset(self._unranked)
-        return ModelFile(self._path, tuple(self._data_files), opsets, ir_version, producer, unranked)
+        return ModelFile(self._path, tuple(self._data_files), opsets, ir_version, producer, self._shapes)
 
     def _look_for_other_formats(self) -> None:
         head = self._data[:64]
@@ -275,17 +279,34 @@ class _Scan:
         return ("" if domain == "ai.onnx" else domain), version
 
     def _value_info(self, start: int, stop: int) -> None:
-        """Notes an input or output of the main graph whose tensor type has no shape (field 2)."""
-        name, ranked = "", True
+        """Notes the declared shape of an input or output of the main graph."""
+        name, is_tensor = "", False
+        shape: tuple[int | str | None, ...] | None = None
         for number, wire, first, last in self._fields(start, stop, "ValueInfoProto"):
             if number == 1 and wire == _LEN:
                 name = self._data[first:last].decode("utf-8", "replace")
             elif number == 2 and wire == _LEN:
                 for kind, kind_wire, begin, end in self._fields(first, last, "TypeProto"):
                     if kind == 1 and kind_wire == _LEN:
-                        ranked = any(field == 2 for field, *_ in self._fields(begin, end, "TypeProto.Tensor"))
-        if not ranked:
-            self._unranked.add(name)
+                        is_tensor = True
+                        for field, field_wire, at, behind in self._fields(begin, end, "TypeProto.Tensor"):
+                            if field == 2 and field_wire == _LEN:
+                                shape = tuple(self._dimensions(at, behind))
+        if is_tensor:
+            self._shapes[name] = shape
+
+    def _dimensions(self, start: int, stop: int) -> Iterator[int | str | None]:
+        """The entries of a TensorShapeProto: a size, a name, or None where it says neither, or no possible size."""
+        for number, wire, first, last in self._fields(start, stop, "TensorShapeProto"):
+            if number != 1 or wire != _LEN:
+                continue
+            dimension: int | str | None = None
+            for field, kind, value, behind in self._fields(first, last, "TensorShapeProto.Dimension"):
+                if field == 1 and kind == _VARINT:
+                    dimension = value if value < 1 << 63 else None  # negative ones read as huge
+                elif field == 2 and kind == _LEN:
+                    dimension = self._data[value:behind].decode("utf-8", "replace") or None
+            yield dimension
 
     def _tensor(self, start: int, stop: int) -> None:
         name = ""
