@@ -20,12 +20,18 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
-from passes._graph import FLOATS, constant, given, is_op, only_use, scalar
 from toolchain.errors import CalibrationError
+from toolchain.wiring import Constant, Op, Reference, Wiring, wiring_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: types of elements that calibration looks at
+_FLOATS = frozenset({"FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE"})
 
 #: products: what reads and gives them is worth quantising whatever is around it
 _LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -87,195 +93,188 @@ class Plan:
         yield from self.joined
 
 
-def plan(model: ir.Model, *, channels: bool = False) -> Plan:
+def plan(graph: ir.Model | Wiring, *, channels: bool = False) -> Plan:
     """Decides what of the main graph to observe.
 
     Args:
-        model: with the types of its values known.
+        graph: with the types of its values known.
         channels: also observe every input and output of a layer with weights itself, for statistics by channel.
 
     Raises:
         CalibrationError: nothing in the graph could be quantised.
     """
-    graph = model.graph
-    scores = _scores(graph)
-    order = [v for v in graph.inputs if not v.is_initializer()]
-    order += [v for node in graph for v in node.outputs]
-    candidates = {v: None for v in order if v.name and v.dtype in FLOATS and v not in scores and constant(v) is None}
-    wanted = {_carrier(v, candidates) for v in candidates if _near_quantisable(v) and not _before_normalisation(v)}
-    joined = {
-        v: parts
-        for v in candidates
-        if v in wanted and (parts := _parts(v, candidates)) is not None and all(part in wanted for part in parts)
+    wiring = graph if isinstance(graph, Wiring) else wiring_of(graph)
+    scores = _scores(wiring)
+    order = [name for name in wiring.inputs if name not in wiring.initializers]
+    order += [name for node in wiring.nodes for name in node.outputs if name]
+    candidates = dict.fromkeys(
+        name
+        for name in order
+        if wiring.dtypes.get(name) in _FLOATS and name not in scores and not wiring.is_constant(name)
+    )
+    wanted = {
+        _carrier(wiring, name, candidates)
+        for name in candidates
+        if _near_quantisable(wiring, name) and not _before_normalisation(wiring, name)
     }
-    by_channel_in, by_channel_out = _channels(graph, candidates) if channels else ({}, {})
+    joined = {
+        name: parts
+        for name in candidates
+        if name in wanted
+        and (parts := _parts(wiring, name, candidates)) is not None
+        and all(part in wanted for part in parts)
+    }
+    by_channel_in, by_channel_out = _channels(wiring, candidates) if channels else ({}, {})
     observed = [v for v in candidates if (v in wanted and v not in joined) or v in by_channel_in or v in by_channel_out]
     if not observed:
         raise CalibrationError(
             "nothing in this graph could be quantised",
-            where=graph.name or "the main graph",
+            where=wiring.name or "the main graph",
             hint="calibration looks at the float values of the main graph around Conv, Gemm, MatMul, Add and the like",
         )
     known = set(observed) | set(joined)
-    same = {v: _carrier(v, candidates) for v in candidates if v not in known}
+    same = {name: _carrier(wiring, name, candidates) for name in candidates if name not in known}
     return Plan(
-        graph=graph_digest(model),
-        inputs=tuple(_name(v) for v in observed if v.producer() is None),
-        outputs=tuple(_name(v) for v in observed if v.producer() is not None),
-        same={_name(v): _name(carrier) for v, carrier in same.items() if carrier in known},
-        joined={_name(v): tuple(map(_name, parts)) for v, parts in joined.items()},
-        bounds={_name(v): found for v in observed if (found := _bounds(v.producer())) is not None},
-        channel_inputs=tuple(map(_name, by_channel_in)),
-        channel_outputs={_name(v): axis for v, axis in by_channel_out.items()},
+        graph=graph_digest(wiring),
+        inputs=tuple(name for name in observed if name not in wiring.producers),
+        outputs=tuple(name for name in observed if name in wiring.producers),
+        same={name: carrier for name, carrier in same.items() if carrier in known},
+        joined=joined,
+        bounds={n: found for n in observed if (found := _bounds(wiring, wiring.producers.get(n))) is not None},
+        channel_inputs=tuple(by_channel_in),
+        channel_outputs=by_channel_out,
     )
 
 
-def graph_digest(model: ir.Model) -> str:
+def graph_digest(graph: ir.Model | Wiring) -> str:
     """SHA-256 (hex) over the main graph: ops, attributes, names, wiring, and of every weight dtype, shape and 256
     elements spread over it. Metadata, doc strings, recorded shapes and opset numbers do not count.
 
     Ranges belong to weights, so other weights are another graph; reading all of them would take longer than
     the calibration of a small model.
     """
+    wiring = graph if isinstance(graph, Wiring) else wiring_of(graph)
     digest = hashlib.sha256()
 
     def say(*parts: object) -> None:
         digest.update("\0".join(map(str, parts)).encode())
         digest.update(b"\n")
 
-    say("in", *(v.name for v in model.graph.inputs), "out", *(v.name for v in model.graph.outputs))
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        say(
-            "" if node.domain == "ai.onnx" else node.domain,
-            node.op_type,
-            *(None if v is None else v.name for v in node.inputs),
-            "->",
-            *(v.name for v in node.outputs),
-        )
-        for name, attribute in sorted(node.attributes.items()):
-            if attribute.is_ref():
-                say(name, "ref", attribute.ref_attr_name)
-            elif attribute.type == ir.AttributeType.TENSOR:
-                say(name, *_contents(attribute.as_tensor()))
-            elif attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-                say(name, attribute.value)
-    for name in sorted(model.graph.initializers):
-        tensor = model.graph.initializers[name].const_value
-        if tensor is not None:
-            say(name, *_contents(tensor))
+    def say_constant(name: str, found: Constant) -> None:
+        say(name, found.dtype, list(found.shape), found.some)
+
+    say("in", *wiring.inputs, "out", *wiring.outputs)
+    for node in wiring.nested:
+        say(node.domain, node.op_type, *node.inputs, "->", *node.outputs)
+        for name, value in sorted(node.attributes.items()):
+            if isinstance(value, Reference):
+                say(name, "ref", value.name)
+            elif isinstance(value, Constant):
+                say_constant(name, value)
+            else:
+                say(name, value)
+    for name in sorted(wiring.initializers):
+        say_constant(name, wiring.initializers[name])
     return digest.hexdigest()
 
 
-def _contents(tensor: ir.TensorProtocol) -> tuple[str, ...]:
-    data = tensor.numpy().reshape(-1)
-    some = data[:: max(1, math.ceil(data.size / 256))]
+def _near_quantisable(wiring: Wiring, name: str) -> bool:
+    producer = wiring.producers.get(name)
+    return (producer is not None and producer.is_a(*_QUANTISABLE)) or any(
+        reader.is_a(*_QUANTISABLE) for reader in wiring.readers.get(name, ())
+    )
+
+
+def _before_normalisation(wiring: Wiring, name: str) -> bool:
+    producer, reader = wiring.producers.get(name), wiring.only_reader(name)
     return (
-        tensor.dtype.name,
-        str(list(tensor.shape)),
-        repr(some.tolist()) if data.dtype == object else some.tobytes().hex(),
+        producer is not None and producer.is_a(*_LINEAR) and reader is not None and reader.is_a("BatchNormalization")
     )
 
 
-def _name(value: ir.Value) -> str:
-    assert value.name
-    return value.name
-
-
-def _near_quantisable(value: ir.Value) -> bool:
-    producer = value.producer()
-    return (producer is not None and is_op(producer, *_QUANTISABLE)) or any(
-        is_op(use.node, *_QUANTISABLE) for use in value.uses()
-    )
-
-
-def _before_normalisation(value: ir.Value) -> bool:
-    reader = only_use(value)
-    return is_op(value.producer(), *_LINEAR) and is_op(reader, "BatchNormalization")
-
-
-def _carrier(value: ir.Value, candidates: Mapping[ir.Value, None]) -> ir.Value:
+def _carrier(wiring: Wiring, name: str, candidates: Mapping[str, None]) -> str:
     """The value whose range this one takes; itself where there is none such."""
-    reader = only_use(value)
-    if reader is not None and value is reader.inputs[0] and _bounds(reader) is not None:
-        return reader.outputs[0]
-    producer = value.producer()
-    if producer is None or value is not producer.outputs[0]:
-        return value
-    source = given(producer, 0)
-    if source is None or source not in candidates or not (is_op(producer, *_MOVES) or _pads_zeros(producer)):
-        return value
-    return _carrier(source, candidates)
+    reader = wiring.only_reader(name)
+    if reader is not None and name == reader.inputs[0] and _bounds(wiring, reader) is not None:
+        return str(reader.outputs[0])
+    producer = wiring.producers.get(name)
+    if producer is None or name != producer.outputs[0]:
+        return name
+    source = producer.given(0)
+    if source not in candidates or not (producer.is_a(*_MOVES) or _pads_zeros(wiring, producer)):
+        return name
+    assert source is not None
+    return _carrier(wiring, source, candidates)
 
 
-def _parts(value: ir.Value, candidates: Mapping[ir.Value, None]) -> tuple[ir.Value, ...] | None:
+def _parts(wiring: Wiring, name: str, candidates: Mapping[str, None]) -> tuple[str, ...] | None:
     """What a Concat joins; None where that is not all observed, or is itself a Concat."""
-    producer = value.producer()
-    if not is_op(producer, "Concat"):
+    producer = wiring.producers.get(name)
+    if producer is None or not producer.is_a("Concat"):
         return None
-    assert producer is not None
-    if any(v is None or v not in candidates for v in producer.inputs):
+    if any(source not in candidates for source in producer.inputs):
         return None
-    parts = [_carrier(v, candidates) for v in producer.inputs if v is not None]
-    return None if any(is_op(part.producer(), "Concat") for part in parts) else tuple(parts)
+    parts = tuple(_carrier(wiring, source, candidates) for source in producer.inputs if source is not None)
+    makers = [wiring.producers.get(part) for part in parts]
+    return None if any(maker is not None and maker.is_a("Concat") for maker in makers) else parts
 
 
-def _bounds(node: ir.Node | None) -> tuple[float, float] | None:
+def _bounds(wiring: Wiring, node: Op | None) -> tuple[float, float] | None:
     """What a Relu or a Clip with constant bounds lets through."""
-    if is_op(node, "Relu"):
-        return 0.0, math.inf
-    if not is_op(node, "Clip"):
+    if node is None or not node.is_a("Relu", "Clip"):
         return None
-    assert node is not None
+    if node.is_a("Relu"):
+        return 0.0, math.inf
     limits = []
-    for index, name, default in ((1, "min", -math.inf), (2, "max", math.inf)):
-        value, attribute = given(node, index), node.attributes.get(name)
-        limit: float | None = default
+    for index, key, default in ((1, "min", -math.inf), (2, "max", math.inf)):
+        value, limit = node.given(index), node.attributes.get(key, default)
         if value is not None:
-            limit = scalar(value)
-        elif attribute is not None:
-            limit = None if attribute.is_ref() else attribute.as_float()
-        if limit is None:
+            limit = wiring.scalar(value)
+        if limit is None or isinstance(limit, Reference):
             return None
         # The runtime compares in the tensor's own type: 0.1 is the float32 that is nearest.
         limits.append(float(np.float32(limit)))
     return limits[0], limits[1]
 
 
-def _pads_zeros(node: ir.Node) -> bool:
-    if not is_op(node, "Pad"):
+def _pads_zeros(wiring: Wiring, node: Op) -> bool:
+    if not node.is_a("Pad"):
         return False
-    value = given(node, 2)
-    return node.attributes.get_string("mode", "constant") != "constant" or value is None or scalar(value) == 0
+    value = node.given(2)
+    return node.attributes.get("mode", "constant") != "constant" or value is None or wiring.scalar(value) == 0
 
 
-def _scores(graph: ir.Graph) -> set[ir.Value]:
+def _scores(wiring: Wiring) -> set[str]:
     """Values that lead into a Softmax and nowhere else, and are no product."""
-    leads: set[ir.Value] = set()
-    inputs = list(graph.inputs)
-    for value in [v for node in reversed(graph) for v in node.outputs] + inputs:
-        uses = value.uses()
-        if uses and not value.is_graph_output() and all(_leads_on(use.node, leads) for use in uses):
-            leads.add(value)
-    return {value for value in leads if not is_op(value.producer(), *_LINEAR)}
+    leads: set[str] = set()
+    kept = {*wiring.outputs, *wiring.nested_outputs}
+    names = [name for node in reversed(wiring.nodes) for name in node.outputs if name]
+    for name in [*names, *wiring.inputs]:
+        readers = wiring.readers.get(name)
+        if readers and name not in kept and all(_leads_on(reader, leads) for reader in readers):
+            leads.add(name)
+    makers = {name: wiring.producers.get(name) for name in leads}
+    return {name for name, maker in makers.items() if maker is None or not maker.is_a(*_LINEAR)}
 
 
-def _leads_on(node: ir.Node, leads: set[ir.Value]) -> bool:
-    return is_op(node, "Softmax", "LogSoftmax") or (
-        is_op(node, *_TO_SOFTMAX) and all(output in leads for output in node.outputs)
+def _leads_on(node: Op, leads: set[str]) -> bool:
+    return node.is_a("Softmax", "LogSoftmax") or (
+        node.is_a(*_TO_SOFTMAX) and all(output in leads for output in node.outputs)
     )
 
 
-def _channels(graph: ir.Graph, candidates: Mapping[ir.Value, None]) -> tuple[dict[ir.Value, None], dict[ir.Value, int]]:
+def _channels(wiring: Wiring, candidates: Mapping[str, None]) -> tuple[dict[str, None], dict[str, int]]:
     """Inputs of products with a constant weight, and outputs of layers with the axis of their channels."""
-    inputs: dict[ir.Value, None] = {}
-    outputs: dict[ir.Value, int] = {}
-    for node in graph:
-        if not is_op(node, *_LINEAR) or constant(given(node, 1)) is None:
+    inputs: dict[str, None] = {}
+    outputs: dict[str, int] = {}
+    for node in wiring.nodes:
+        if not node.is_a(*_LINEAR) or not wiring.is_constant(node.given(1)):
             continue
-        source, result = node.inputs[0], node.outputs[0]
-        if is_op(node, "MatMul", "Gemm") and source in candidates:
+        source, result = node.given(0), node.outputs[0]
+        if node.is_a("MatMul", "Gemm") and source in candidates:
             assert source is not None
             inputs[source] = None
         if result in candidates:
-            outputs[result] = 1 if is_op(node, "Conv", "ConvTranspose") else -1
+            assert result is not None
+            outputs[result] = 1 if node.is_a("Conv", "ConvTranspose") else -1
     return inputs, outputs
