@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 
 from runtimes._inputs import InputCheck, check_place, is_symbol, numpy_dtype
 from runtimes.base import (
+    Availability,
     Binding,
     CompileFailed,
     Error,
@@ -51,6 +54,39 @@ _FOREIGN: dict[str, tuple[int, np.dtype[Any]]] = {
 }
 #: Cache lines, and the widest vector register.
 _ALIGNMENT = 64
+
+
+#: Distributions that install the module ``onnxruntime``, each over the others.
+_WHEELS = re.compile(
+    r"(onnxruntime(?:[_-](?:gpu|directml|openvino|training|training_cpu|rocm|migraphx|qnn|cann|azure|webgpu))?)"
+    r"-([0-9][^-]*)\.dist-info"
+)
+
+
+def clashing_wheels(wanted: str) -> Availability | None:
+    """Says that several wheels of ONNX Runtime are installed over each other; None where one or none is.
+
+    What is then imported is a mixture: Python files of the one, libraries of the other, and the first upgrade or
+    uninstall of either breaks both. Only wheels in the same folder overwrite each other.
+
+    Args:
+        wanted: the distribution that the remedy installs, such as ``onnxruntime-gpu``.
+    """
+    spec = importlib.util.find_spec("onnxruntime")
+    if spec is None or spec.origin is None:
+        return None
+    # The folder is listed, not asked through importlib.metadata: that takes three times as long as a load.
+    names = os.listdir(os.path.dirname(os.path.dirname(spec.origin)))
+    found = sorted((m[1].replace("_", "-"), m[2]) for name in names if (m := _WHEELS.fullmatch(name)))
+    if len({name for name, _ in found}) < 2:
+        return None
+    listed = " and ".join(f"{name} {version}" for name, version in found)
+    uninstalled = " ".join(dict.fromkeys(name for name, _ in found))
+    return Availability(
+        False,
+        reason=f"{listed} are both installed and overwrite each other's files",
+        remedy=f"pip uninstall -y {uninstalled} && pip install {wanted}",
+    )
 
 
 def make_session(file: Path, session_options: Any, providers: Sequence[Any]) -> Any:

@@ -112,7 +112,9 @@ def check_model_file(path: str | os.PathLike[str]) -> ModelFile:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Scan(path, data).model()
     except FileNotFoundError:
-        raise InvalidModel("there is no such file", where=str(path), hint="give an .onnx file, or the folder of an artifact") from None
+        raise InvalidModel(
+            "there is no such file", where=str(path), hint="give an .onnx file, or the folder of an artifact"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL, a file that shrank meanwhile
         reason = getattr(error, "strerror", None) or str(error)
         raise InvalidModel(f"the file cannot be read: {reason}", where=str(path)) from error

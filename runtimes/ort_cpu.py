@@ -20,7 +20,7 @@ import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from runtimes._ort import OrtSession, make_session
+from runtimes._ort import OrtSession, clashing_wheels, make_session
 from runtimes.base import (
     Availability,
     Backend,
@@ -83,6 +83,8 @@ class OrtCpu(Backend):
         remedy = "pip install onnxruntime"
         if importlib.util.find_spec("onnxruntime") is None:
             return Availability(False, reason="onnxruntime is not installed", remedy=remedy)
+        if clash := clashing_wheels("onnxruntime"):
+            return clash
         try:
             import onnxruntime
 

@@ -374,3 +374,11 @@ def test_mutations(tmp_path: Path, seed: int) -> None:
         seen = {tmp_path / location for location in _locations(parsed)}
         assert seen <= set(found.data_files), content
     assert min(outcomes.values()) > 10, outcomes  # the mutations do reach past the first check
+
+
+def test_declared_shapes(tmp_path: Path) -> None:
+    file = save_model(tmp_path / "m.onnx", "g (float[N, 3, ?] a, int64 s) => (float[N, 0, 2] y) { y = Foo(a, s) }")
+    model = onnx.load(file)
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = -1
+    onnx.save(model, file)
+    assert check_model_file(file).shapes == {"a": ("N", 3, None), "s": (), "y": (None, 0, 2)}
