@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from runtimes.base import InvalidInput, TargetUnavailable, TensorSpec
+from runtimes.base import InvalidInput, RunFailed, TargetUnavailable, TensorSpec
 
 #: How many sets of input shapes a session remembers as good.
 _REMEMBERED = 256
@@ -43,6 +43,54 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
         return found
     return np.dtype(name)
+
+
+def output_shapes(
+    specs: Sequence[TensorSpec],
+    inputs: Mapping[str, np.ndarray],
+    sizes: Mapping[str, int],
+    run: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]],
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's outputs for one set of input shapes, as ``Session.bind`` needs them.
+
+    Args:
+        specs: the outputs.
+        inputs: an array for each input, which may be written over.
+        sizes: of the symbolic dimensions, from ``InputCheck.shapes``.
+        run: asked where the declared shapes do not tell.
+
+    Raises:
+        InvalidInput: a shape depends on data, or a trial run failed.
+    """
+    known: dict[str, tuple[int, ...]] = {}
+    for spec in specs:
+        dims = [sizes.get(d) if isinstance(d, str) and is_symbol(d) else d for d in spec.shape or ()]
+        sized = tuple(d for d in dims if isinstance(d, int))
+        if spec.shape is not None and len(sized) == len(dims):
+            known[spec.name] = sized
+    if len(known) == len(specs):
+        return known
+    # See what two different inputs give.
+    trials = []
+    for value in (0, 1):
+        for array in inputs.values():
+            array.fill(value)
+        try:
+            trials.append({name: array.shape for name, array in run(inputs).items()})
+        except RunFailed as error:
+            raise InvalidInput(
+                f"the shapes of the outputs are unknown, and a trial run failed: {error.what}",
+                hint="use run() for this model",
+            ) from error
+    for name, shape in trials[0].items():
+        if shape != trials[1][name]:
+            raise InvalidInput(
+                f"the shape of output {name!r} depends on the data: "
+                f"{list(shape)} for zeros, {list(trials[1][name])} for ones",
+                where=f"output {name!r}",
+                hint="use run() for this model",
+            )
+    return trials[0]
 
 
 class InputCheck:

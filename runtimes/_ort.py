@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from runtimes._inputs import InputCheck, check_place, is_symbol, numpy_dtype
+from runtimes._inputs import InputCheck, check_place, numpy_dtype, output_shapes
 from runtimes.base import (
     Availability,
     Binding,
@@ -235,40 +235,11 @@ class OrtSession(Session):
         }
         outputs = {
             name: aligned_empty(shape, numpy_dtype(spec.dtype))
-            for spec, (name, shape) in zip(self.outputs, self._output_shapes(inputs, sizes).items(), strict=True)
+            for spec, (name, shape) in zip(
+                self.outputs, output_shapes(self.outputs, inputs, sizes, self.run).items(), strict=True
+            )
         }
         return OrtBinding(self, session, inputs, outputs)
-
-    def _output_shapes(self, inputs: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        known: dict[str, tuple[int, ...]] = {}
-        for spec in self.outputs:
-            dims = [sizes.get(d) if isinstance(d, str) and is_symbol(d) else d for d in spec.shape or ()]
-            sized = tuple(d for d in dims if isinstance(d, int))
-            if spec.shape is not None and len(sized) == len(dims):
-                known[spec.name] = sized
-        if len(known) == len(self.outputs):
-            return known
-        # Declared shapes do not tell: see what two different inputs give.
-        trials = []
-        for value in (0, 1):
-            for array in inputs.values():
-                array.fill(value)
-            try:
-                trials.append({name: array.shape for name, array in self.run(inputs).items()})
-            except RunFailed as error:
-                raise InvalidInput(
-                    f"the shapes of the outputs are unknown, and a trial run failed: {error.what}",
-                    hint="use run() for this model",
-                ) from error
-        for name in self._names:
-            if trials[0][name] != trials[1][name]:
-                raise InvalidInput(
-                    f"the shape of output {name!r} depends on the data: "
-                    f"{list(trials[0][name])} for zeros, {list(trials[1][name])} for ones",
-                    where=f"output {name!r}",
-                    hint="use run() for this model",
-                )
-        return trials[0]
 
     def close(self) -> None:
         # Threads inside run() hold the session until they are done; whoever comes later gets _closed.
