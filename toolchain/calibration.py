@@ -24,30 +24,34 @@ import collections
 import concurrent.futures
 import dataclasses
 import gc
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import onnx_ir as ir
 
 import runtimes
 from passes._quant import Calibration, TensorRange
-from passes._shapes import infer_shapes
-from passes.base import PassFailed
 from runtimes._inputs import InputCheck
 from toolchain.calibration_file import Mismatch, match, read, require_match, write
 from toolchain.clipping import METHODS, PERCENTILE, Method
-from toolchain.errors import CalibrationError, DataError, GraphError
-from toolchain.evaluate import Feeds, with_outputs
+from toolchain.errors import CalibrationError, DataError
 from toolchain.histogram import NonFinite
 from toolchain.machine import usable_cores
 from toolchain.observation import Plan, plan
 from toolchain.observed import SAMPLED, Observed, check_method
-from toolchain.onnx_file import temporary_onnx
 from toolchain.samples import Batch
+from toolchain.storage import reported
+from toolchain.wiring import more_outputs, read_wiring
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from toolchain.evaluate import Feeds
 
 #: elements of all observed tensors that one run may give (8 MB in float32): more does not go faster, and is memory
 _RUN_ELEMENTS = 2_000_000
@@ -90,13 +94,11 @@ def observe(
         DataError: a batch does not fit the model's inputs.
         InvalidModel, GraphError, CompileFailed, RunFailed: the model cannot be read or run.
     """
-    graph = _typed(ir.load(model) if isinstance(model, Path) else model)
-    found = Observed(plan(graph, channels=channels), sampled=sampled, data=data)
-    if resume and state is not None and state.exists():
-        found.restore(state)
-    with _session(with_outputs(graph, found.plan.outputs)) as session:
-        del graph, model  # of a file these were the only weights besides the runtime's own;
-        gc.collect()  # nodes and values refer to each other, so they do not go by themselves
+    planned, opened = _open(model, channels=channels)
+    with opened as session:
+        found = Observed(planned, sampled=sampled, data=data)
+        if resume and state is not None and state.exists():
+            found.restore(state)
         try:
             _gather(session, batches, found, state, state_seconds, on_progress)
         except BaseException:
@@ -134,24 +136,37 @@ def calibrate(
     return result
 
 
-def _typed(model: ir.Model) -> ir.Model:
-    """The model with the types of all values known; a copy where they have to be found first."""
-    if all(value.type is not None for node in model.graph for value in node.outputs if value.name):
-        return model
-    copy = model.clone()
-    try:
-        infer_shapes(copy)
-    except PassFailed as error:
-        raise GraphError(f"the types of its values cannot be found: {error}", where=error.node) from error
-    return copy
+def _open(model: ir.Model | Path, *, channels: bool) -> tuple[Plan, runtimes.Session]:
+    """What to look at, and a session that returns it. The file that the session was made of is gone already."""
+    wiring = read_wiring(model) if isinstance(model, Path) else None
+    if wiring is not None:
+        assert isinstance(model, Path)
+        planned = plan(wiring, channels=channels)
+        with tempfile.TemporaryDirectory(prefix="toolchain-") as folder:
+            path = Path(folder) / "model.onnx"
+            with reported(path, "a temporary model", hint="free some space, or set TMPDIR to another disk"):
+                shutil.copyfile(model, path)
+                with open(path, "ab") as file:
+                    file.write(more_outputs([name for name in planned.outputs if name not in wiring.outputs]))
+            return planned, _session(path)
+    import onnx_ir as ir
+
+    from toolchain import evaluate, onnx_file
+
+    if isinstance(model, Path):
+        found = _open(ir.load(model), channels=channels)
+        gc.collect()  # nodes and values refer to each other, so they and their weights do not go by themselves
+        return found
+    graph = evaluate.typed(model)
+    planned = plan(graph, channels=channels)
+    with onnx_file.temporary_onnx(evaluate.with_outputs(graph, planned.outputs)) as path:
+        return planned, _session(path)
 
 
-def _session(model: ir.Model) -> runtimes.Session:
-    """A session of the model; it holds the weights mapped, so the file that they came from is gone already."""
+def _session(path: Path) -> runtimes.Session:
     # Without a memory pattern the arena holds what a run takes and no second plan of it: a quarter less memory.
     options = {"memory_pattern": False, "intra_op_threads": max(1, usable_cores() // _WORKERS)}
-    with temporary_onnx(model) as path:
-        return runtimes.load(path, target="ort-cpu", options=options)
+    return runtimes.load(path, target="ort-cpu", options=options)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -19,15 +19,17 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 
 from passes._quant import Calibration, TensorRange
 from toolchain.errors import CalibrationError
 from toolchain.observation import graph_digest, plan
 from toolchain.storage import write_text
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _FORMAT, _VERSION = "toolchain-calibration", 1
 _NUMBERS = ("low", "high", "amax", "minimum", "maximum")

@@ -10,6 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 import runtimes
+from passes._shapes import infer_shapes
+from passes.base import PassFailed
+from toolchain.errors import GraphError
 from toolchain.onnx_file import temporary_onnx
 from toolchain.seeded import open_dims
 
@@ -67,6 +70,22 @@ def _spec(value: ir.Value) -> runtimes.TensorSpec:
 def _dim(size: int | str | None) -> int | str | None:
     """Some exporters write -1 or 0 for a size that they do not know."""
     return None if isinstance(size, int) and size < 0 else size
+
+
+def typed(model: ir.Model) -> ir.Model:
+    """The model with the types of all values known; a copy where they have to be found first.
+
+    Raises:
+        GraphError: the graph contradicts itself.
+    """
+    if all(value.type is not None for node in model.graph for value in node.outputs if value.name):
+        return model
+    copy = model.clone()
+    try:
+        infer_shapes(copy)
+    except PassFailed as error:
+        raise GraphError(f"the types of its values cannot be found: {error}", where=error.node) from error
+    return copy
 
 
 def with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:

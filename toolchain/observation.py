@@ -187,9 +187,7 @@ def _near_quantisable(wiring: Wiring, name: str) -> bool:
 
 def _before_normalisation(wiring: Wiring, name: str) -> bool:
     producer, reader = wiring.producers.get(name), wiring.only_reader(name)
-    return (
-        producer is not None and producer.is_a(*_LINEAR) and reader is not None and reader.is_a("BatchNormalization")
-    )
+    return producer is not None and producer.is_a(*_LINEAR) and reader is not None and reader.is_a("BatchNormalization")
 
 
 def _carrier(wiring: Wiring, name: str, candidates: Mapping[str, None]) -> str:
