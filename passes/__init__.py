@@ -13,29 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import inspect
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from passes.base import Declined, InvalidOption, Outcome, Pass, PassFailed, UnknownPass
-from passes.convert_float16 import ConvertFloat16
-from passes.correct_bias import CorrectBias
-from passes.eliminate_dead_code import EliminateDeadCode
-from passes.eliminate_noops import EliminateNoops
-from passes.equalize_layers import EqualizeLayers
-from passes.fold_constants import FoldConstants
-from passes.freeze_initializers import FreezeInitializers
-from passes.fuse_conv_bn import FuseConvBn
-from passes.fuse_hard_sigmoid import FuseHardSigmoid
-from passes.fuse_pad import FusePad
-from passes.quantize_dynamic import QuantizeDynamic
-from passes.quantize_int8 import QuantizeInt8
-from passes.quantize_weights import QuantizeWeights
-from passes.simplify import Simplify
-from passes.smooth_quant import SmoothQuant
-from passes.strip_metadata import StripMetadata
+if TYPE_CHECKING:
+    from passes.base import Declined, InvalidOption, Outcome, Pass, PassFailed, UnknownPass
 
 __all__ = [
     "DEFAULT_PIPELINE",
@@ -52,25 +38,48 @@ __all__ = [
     "summary",
 ]
 
+
+class _Passes(Mapping[str, "type[Pass]"]):
+    """Name of a pass and of its module to its class, which is imported when it is asked for: who only wants
+    ``passes._quant`` is spared onnx_ir and the sympy that comes with it, 45 MB and a third of a second."""
+
+    def __init__(self, classes: dict[str, str]) -> None:
+        self._classes = classes
+
+    def __getitem__(self, name: str) -> type[Pass]:
+        class_name = self._classes[name]
+        found: type[Pass] = getattr(importlib.import_module(f"passes.{name}"), class_name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._classes)
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._classes
+
+
 #: every pass, by the name that recipes and the command line use
-PASSES: Mapping[str, type[Pass]] = types.MappingProxyType(
+PASSES: Mapping[str, type[Pass]] = _Passes(
     {
-        "convert_float16": ConvertFloat16,
-        "correct_bias": CorrectBias,
-        "eliminate_dead_code": EliminateDeadCode,
-        "eliminate_noops": EliminateNoops,
-        "equalize_layers": EqualizeLayers,
-        "fold_constants": FoldConstants,
-        "freeze_initializers": FreezeInitializers,
-        "fuse_conv_bn": FuseConvBn,
-        "fuse_hard_sigmoid": FuseHardSigmoid,
-        "fuse_pad": FusePad,
-        "quantize_dynamic": QuantizeDynamic,
-        "quantize_int8": QuantizeInt8,
-        "quantize_weights": QuantizeWeights,
-        "simplify": Simplify,
-        "smooth_quant": SmoothQuant,
-        "strip_metadata": StripMetadata,
+        "convert_float16": "ConvertFloat16",
+        "correct_bias": "CorrectBias",
+        "eliminate_dead_code": "EliminateDeadCode",
+        "eliminate_noops": "EliminateNoops",
+        "equalize_layers": "EqualizeLayers",
+        "fold_constants": "FoldConstants",
+        "freeze_initializers": "FreezeInitializers",
+        "fuse_conv_bn": "FuseConvBn",
+        "fuse_hard_sigmoid": "FuseHardSigmoid",
+        "fuse_pad": "FusePad",
+        "quantize_dynamic": "QuantizeDynamic",
+        "quantize_int8": "QuantizeInt8",
+        "quantize_weights": "QuantizeWeights",
+        "simplify": "Simplify",
+        "smooth_quant": "SmoothQuant",
+        "strip_metadata": "StripMetadata",
     }
 )
 
@@ -114,6 +123,8 @@ def make(name: str, /, **given: Any) -> Pass:
         UnknownPass: there is no such pass; the message names the nearest.
         InvalidOption: the pass has no such option, or the value is not of its type.
     """
+    from passes.base import InvalidOption, UnknownPass
+
     if name not in PASSES:
         near = difflib.get_close_matches(name, PASSES, n=3, cutoff=0.5)
         raise UnknownPass(
@@ -182,3 +193,9 @@ def _attribute_docs(cls: type[Pass]) -> dict[str, str]:
         elif line.strip() and current:
             docs[current] += " " + line.strip()
     return docs
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:  # the names of ``passes.base``, which imports onnx_ir
+        return getattr(importlib.import_module("passes.base"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
