@@ -91,7 +91,8 @@ class _Writer:
             self._drop_constant(value)
         if self.plan.shield:
             for node in list(self.graph):
-                if is_op(node, "Conv", "ConvTranspose", "Gemm") and node not in self.plan.layers:
+                layer = is_op(node, "Conv", "ConvTranspose", "Gemm") and node not in self.plan.layers
+                if layer or node in self.plan.kept:
                     self._shield(node)
 
     def _parameters(self, value: ir.Value) -> tuple[Affine, ir.Value, ir.Value]:
@@ -292,8 +293,10 @@ class _Writer:
         return value
 
     def _shield(self, node: ir.Node) -> None:
-        """Puts a Max of one input between a float layer and the DequantizeLinear before it."""
-        source = _input(node, 0)
+        """Puts a Max of one input between a float node and the DequantizeLinear before it."""
+        source = node.inputs[0] if node.inputs else None
+        if source is None:
+            return
         # Wherever the output goes: the runtime moves QuantizeLinear up to it, through MaxPool or Transpose.
         if not is_op(source.producer(), "DequantizeLinear"):
             return

@@ -117,7 +117,8 @@ class Plan:
     Attributes:
         layers: get integer weights.
         integer_bias: the bias becomes int32 at the scale of the product.
-        shield: float layers between Q/DQ are kept from a runtime that would quantise them itself.
+        shield: float layers between Q/DQ, and ``kept``, are kept from a runtime that would quantise them itself.
+        kept: nodes that were asked to stay in float.
         others: further nodes that compute on integers (Add, pooling, Concat ...).
         edges: these inputs (node, index) read the dequantised value instead.
         sources: values of which every reader reads the dequantised value.
@@ -130,6 +131,7 @@ class Plan:
     layers: dict[ir.Node, Layer] = dataclasses.field(default_factory=dict)
     integer_bias: bool = False
     shield: bool = False
+    kept: frozenset[ir.Node] = frozenset()
     others: list[ir.Node] = dataclasses.field(default_factory=list)
     edges: list[tuple[ir.Node, int]] = dataclasses.field(default_factory=list)
     sources: list[ir.Value] = dataclasses.field(default_factory=list)
