@@ -111,12 +111,7 @@ class Linear:
         return tensor
 
     def _oriented(self, shape: tuple[int, ...]) -> np.ndarray:
-        node, weight = self.node, self.weight
-        if node.op_type == "ConvTranspose":
-            weight = weight.swapaxes(1, 2)
-        elif node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute_int(node, "transB", 0)):
-            return weight[0, :, :, 0].T
-        return weight.reshape(shape)
+        return oriented(self.node, self.weight, shape)
 
 
 def read_linear(node: ir.Node, *, shared: bool = False) -> Linear:
@@ -174,6 +169,15 @@ def canonical(node: ir.Node, data: np.ndarray) -> np.ndarray:
             raise NotLinear(f"{label(node)}: its channels are not in columns")
     matrix = data if transposed else data.T
     return np.array(matrix, dtype=np.float64, order="C").reshape(1, *matrix.shape, 1)
+
+
+def oriented(node: ir.Node, weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The way back from ``canonical``: an array [g, O/g, I/g, taps] as the node's weight of this shape."""
+    if node.op_type == "ConvTranspose":
+        weight = weight.swapaxes(1, 2)
+    elif node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute_int(node, "transB", 0)):
+        return weight[0, :, :, 0].T
+    return weight.reshape(shape)
 
 
 def drop_unused(value: ir.Value | None) -> None:
