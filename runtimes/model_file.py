@@ -73,6 +73,7 @@ class ModelFile:
         producer: the name of the program that wrote it, "" where it says none.
         shapes: inputs and outputs of the graph that are tensors, with the shape that they declare, as in
             ``TensorSpec``; runtimes forget the names of dimensions, or take no shape for a scalar's.
+        element_types: the same tensors, with ONNX's number of their element type; 0 where none is declared.
     """
 
     path: Path
@@ -81,6 +82,7 @@ class ModelFile:
     ir_version: int
     producer: str
     shapes: dict[str, tuple[int | str | None, ...] | None]
+    element_types: dict[str, int]
 
     @property
     def unranked(self) -> frozenset[str]:
@@ -153,6 +155,7 @@ class _Scan:
         self._data_files: dict[Path, int] = {}  # file -> size in bytes
         self._locations: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int | str | None, ...] | None] = {}
+        self._element_types: dict[str, int] = {}
 
     def model(self) -> ModelFile:
         self._look_for_other_formats()
@@ -200,7 +203,9 @@ class _Scan:
                 if last - first <= _SEARCHED_WHOLE and self._data.find(b"location", first, last) < 0:
                     continue
                 todo.append((child, first, last, depth + 1))
-        return ModelFile(self._path, tuple(self._data_files), opsets, ir_version, producer, self._shapes)
+        return ModelFile(
+            self._path, tuple(self._data_files), opsets, ir_version, producer, self._shapes, self._element_types
+        )
 
     def _look_for_other_formats(self) -> None:
         head = self._data[:64]
@@ -281,8 +286,8 @@ class _Scan:
         return ("" if domain == "ai.onnx" else domain), version
 
     def _value_info(self, start: int, stop: int) -> None:
-        """Notes the declared shape of an input or output of the main graph."""
-        name, is_tensor = "", False
+        """Notes the declared shape and element type of an input or output of the main graph."""
+        name, is_tensor, element_type = "", False, 0
         shape: tuple[int | str | None, ...] | None = None
         for number, wire, first, last in self._fields(start, stop, "ValueInfoProto"):
             if number == 1 and wire == _LEN:
@@ -292,10 +297,13 @@ class _Scan:
                     if kind == 1 and kind_wire == _LEN:
                         is_tensor = True
                         for field, field_wire, at, behind in self._fields(begin, end, "TypeProto.Tensor"):
-                            if field == 2 and field_wire == _LEN:
+                            if field == 1 and field_wire == _VARINT:
+                                element_type = at
+                            elif field == 2 and field_wire == _LEN:
                                 shape = tuple(self._dimensions(at, behind))
         if is_tensor:
             self._shapes[name] = shape
+            self._element_types[name] = element_type
 
     def _dimensions(self, start: int, stop: int) -> Iterator[int | str | None]:
         """The entries of a TensorShapeProto: a size, a name, or None where it says neither, or no possible size."""
