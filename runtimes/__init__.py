@@ -59,6 +59,7 @@ __all__ = [
 #: Target name -> the module whose BACKEND it is. Other distributions add theirs as entry points.
 _BACKENDS = {
     "ort-cpu": "runtimes.ort_cpu",
+    "openvino-cpu": "runtimes.openvino_cpu",
     "reference": "runtimes.reference",
 }
 _ENTRY_POINTS = "runtimes.backends"

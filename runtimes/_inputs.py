@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from runtimes.base import InvalidInput, RunFailed, TargetUnavailable, TensorSpec
 
 #: How many sets of input shapes a session remembers as good.
 _REMEMBERED = 256
+#: Cache lines, and the widest vector register.
+_ALIGNMENT = 64
 #: A name that ONNX lets stand for a size. Others ("?", "-1", "2*s0") are remarks or expressions.
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -43,6 +46,14 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
         return found
     return np.dtype(name)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An uninitialised C-ordered array that begins on a cache line."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def output_shapes(

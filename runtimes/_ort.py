@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from runtimes._inputs import InputCheck, check_place, numpy_dtype, output_shapes
+from runtimes._inputs import InputCheck, aligned_empty, check_place, numpy_dtype, output_shapes
 from runtimes.base import (
     Availability,
     Binding,
@@ -52,8 +52,6 @@ _FOREIGN: dict[str, tuple[int, np.dtype[Any]]] = {
     "float8_e5m2": (19, np.dtype("uint8")),
     "float8_e5m2fnuz": (20, np.dtype("uint8")),
 }
-#: Cache lines, and the widest vector register.
-_ALIGNMENT = 64
 
 
 #: Distributions that install the module ``onnxruntime``, each over the others.
@@ -273,14 +271,6 @@ class OrtBinding(Binding):
             self._owner._run_bound(self._binding, None)
         except self._failures as error:
             raise _run_error(error) from error
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """An uninitialised C-ordered array that begins on a cache line."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + _ALIGNMENT, dtype=np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _run_foreign(
