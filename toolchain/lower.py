@@ -16,6 +16,7 @@ from toolchain.errors import GraphError
 #: Runtime -> the dialect of Q/DQ that it turns into integer kernels.
 DIALECTS: Mapping[str, str] = {
     "ort-cpu": "ort-cpu",
+    "openvino-cpu": "openvino",
     "ort-cuda": "tensorrt",  # its CUDA provider runs Q/DQ as they stand, its TensorRT provider fuses them
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt",
