@@ -7,12 +7,14 @@ works on integers, an output of the graph), the dequantised value, which stands 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 
 from passes._graph import Names, Scope, constant, is_op, new_constant, remove, set_inputs
+from passes._integer_weights import WeightStore, look_up_integers, quantize_table
 from passes._quant import Affine, TensorRange
 from passes._quant_plan import Group, Layer, Plan, activation_bounds
 from passes._quant_weights import QuantizedWeight, bias_scale_floor, quantize_array, quantize_weight
@@ -63,6 +65,7 @@ class _Writer:
         self.integers: dict[ir.Value, ir.Value] = {}
         self.dequantised: dict[ir.Value, ir.Value] = {}
         self.weights: dict[tuple[ir.Value, int | None, float], ir.Value] = {}
+        self.tables = WeightStore(names)
         self.replaced: list[ir.Value] = []
 
     def run(self) -> None:
@@ -79,6 +82,8 @@ class _Writer:
                 self._quantise(value, all_readers=False)
         for node, inputs in movers:
             self._move(node, inputs)
+        for node in self.plan.tables:
+            self._table(node)
         for layer in self.plan.layers.values():
             self._layer(layer, edges)
         for node, index, value in edges:
@@ -91,8 +96,8 @@ class _Writer:
             self._drop_constant(value)
         if self.plan.shield:
             for node in list(self.graph):
-                layer = is_op(node, "Conv", "ConvTranspose", "Gemm") and node not in self.plan.layers
-                if layer or node in self.plan.kept:
+                in_float = is_op(node, "Conv", "ConvTranspose", "Gemm") and node not in self.plan.layers
+                if in_float or node in self.plan.kept:
                     self._shield(node)
 
     def _parameters(self, value: ir.Value) -> tuple[Affine, ir.Value, ir.Value]:
@@ -220,6 +225,26 @@ class _Writer:
             inputs.append(self._constant(np.array(integer, self.dtype), f"{node.outputs[0].name}_{side}"))
         node.op_type = "Clip"
         set_inputs(node, inputs)
+
+    def _table(self, node: ir.Node) -> None:
+        """Replaces the table of a Gather by integers with a scale for each row."""
+        table = _input(node, 0)
+        tensor = constant(table)
+        assert tensor is not None
+        self.replaced.append(table)
+        if self.plan.gather_integers:
+            make = functools.partial(quantize_table, tensor, method=self.method)
+            stored = self.tables.put(self.scope, table, ("table",), make, before=node, zero_point=False)
+            look_up_integers(node, stored, self.names)
+            return
+        key = (table, 0, 1.0)
+        if key not in self.weights:
+            weight = quantize_weight(tensor, 0, method=self.method)
+            # At the front: a layer with the same weight may come before or after.
+            self.weights[key] = self._dequantised_constant(
+                weight.values, weight.scale, 0, np.int8, str(table.name), before=self.first
+            )
+        node.replace_input_with(0, self.weights[key])
 
     def _layer(self, layer: Layer, edges: list[tuple[ir.Node, int, ir.Value]]) -> None:
         node = layer.node

@@ -106,6 +106,15 @@ def build(
     metric: Annotated[
         str | None, typer.Option(help="what is lost: top1, agreement, nmse, or auto", show_default="auto")
     ] = None,
+    equalization: Annotated[
+        str | None, typer.Option(help="of channels between layers: none, on, or auto", show_default="auto")
+    ] = None,
+    smooth_quant: Annotated[
+        str | None, typer.Option(help="for transformers: none, on, 0 to 1, or auto", show_default="auto")
+    ] = None,
+    bias_correction: Annotated[
+        str | None, typer.Option(help="none, fast, sequential, or auto: if --max-drop asks for it", show_default="auto")
+    ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="a node that stays in float; may be repeated", show_default=False)
     ] = None,
@@ -150,6 +159,9 @@ def build(
         quantize__method=method,
         quantize__max_drop=max_drop,
         quantize__metric=metric,
+        quantize__equalization=equalization,
+        quantize__smooth_quant=_number_or_word(smooth_quant),
+        quantize__bias_correction=bias_correction,
         quantize__exclude=exclude or None,
         data__evaluation=eval_data,
         data__limit=limit,
@@ -389,6 +401,13 @@ def _numbers(text: str | None, option: str) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise RecipeError(f"not a list of numbers: {text!r}", where=option, hint="write 1 or 1,8,32") from error
+
+
+def _number_or_word(text: str | None) -> float | str | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def _dims(texts: list[str] | None) -> dict[str, int]:

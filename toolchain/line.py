@@ -37,13 +37,10 @@ from toolchain.machine import cpu_model, package_versions, usable_cores
 from toolchain.onnx_file import write_onnx
 from toolchain.optimize import optimize
 from toolchain.progress import Status
-from toolchain.quantization import Int8Report, Judge, quantise_within_budget
+from toolchain.quantization import Int8Report, Judge, Tools, quantise_within_budget
 from toolchain.recipe import Recipe
 from toolchain.report import StageReport, dumps, from_json
 from toolchain.seeded import seeded_inputs
-
-#: Batches of calibration data that biases are corrected by.
-_BIAS_BATCHES = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -265,6 +262,8 @@ class Line:
         key = digest_of(
             {"graph": self.optimize_key, "target": str(target), "ranges": ranges, "options": options}
             | {"judged_on": judged_on, "cpu": cpu_model(), "seed": self.recipe.seed}
+            | {"data": self.calibration_data.fingerprint() if self.calibration_data else None}
+            | {"return_slower": self.recipe.precision == "auto"}
         )
         folder = self.stage("lower", key, functools.partial(self._lower, target))
         report = from_json(Int8Report, json.loads((folder / "int8.json").read_text(encoding="utf-8")))
@@ -296,8 +295,11 @@ class Line:
             max_drop=options.max_drop,
             exclude=tuple(options.exclude),
             weights=options.weights,
-            bias_correction=options.bias_correction,
-            bias_samples=[b.inputs for b in itertools.islice(self.calibration_data or batches, _BIAS_BATCHES)],
+            tools=Tools(options.equalization, options.smooth_quant, options.bias_correction),
+            calibration_data=self.calibration_data or (),
+            method=options.method,
+            percentile=options.percentile,
+            return_slower=self.recipe.precision == "auto",
             on_status=self.on_status,
         )
         write_onnx(model, working / "model.onnx")

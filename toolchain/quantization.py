@@ -1,61 +1,132 @@
 """From a float graph and a calibration to an INT8 graph that keeps its accuracy, or the word that there is none.
 
-Every candidate is judged as it will ship: compiled for the target and run on its own kernels.
+Every candidate is judged as it will ship: compiled for the target and run on its own kernels. Only where the target
+is not here is it judged by its graph, and the report says so.
+
+What is tried, in this order, until the budget is met: everything quantised; the accuracy tools that may be tried,
+the cheapest first, each on top of the best so far; the fewest layers returned to float. Then, if that is asked for,
+what is slower in INT8 than in float goes back too.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import itertools
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import onnx_ir as ir
 
-import runtimes
+from passes._graph import default_opset
 from passes._quant import Calibration
-from passes.base import Declined
+from passes.base import Declined, label
 from passes.quantize_int8 import quantizable
 from runtimes import Target
 from toolchain.benchmark import Comparison, Plan, Subject, compare_latency
 from toolchain.bias_correction import correct_bias
 from toolchain.budget import BudgetSearch, search
-from toolchain.compile import compile_model, read_compiled
-from toolchain.data import Batch
+from toolchain.clipping import PERCENTILE, Method
 from toolchain.errors import DataError, FidelityError, GraphError
 from toolchain.evaluate import Feeds
+from toolchain.islands import can_profile, slower_in_int8
+from toolchain.judge import Judge, Metric, candidate_session, compiled_folder, judged_on
 from toolchain.lower import dialect_of, lower_int8
-from toolchain.metrics import tensor_error
-from toolchain.onnx_file import temporary_onnx
+from toolchain.opset import at_least
+from toolchain.preparation import Prepared, prepare
 from toolchain.progress import Status, silent
+from toolchain.samples import Batch
 from toolchain.sensitivity import LayerSensitivity, layer_sensitivities
-from toolchain.verify import class_scores
+from toolchain.targets import cannot_run
 
-Metric = Literal["auto", "top1", "agreement", "nmse"]
+__all__ = ["Int8Report", "Judge", "Metric", "Returned", "Tools", "Trial", "quantise_within_budget", "turn_by_turn"]
+
+#: What Q/DQ with a scale for each channel takes.
+_OPSET = 13
 #: Samples that the layers are ranked on: all activations of one are held at a time.
 _RANKED_ON = 4
+#: Batches of calibration data that biases are corrected by.
+_BIAS_BATCHES = 4
 #: Returned layers whose cost in latency is measured.
 _COSTED = 8
+#: How often what is slower in INT8 is looked for: each time the borders move.
+_ISLAND_ROUNDS = 3
+#: Why a node was returned.
+SLOWER = "slower in INT8"
+#: Layers go back to float for speed if the whole is faster by more than measurements differ.
+_WORTHWHILE = 0.98
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tools:
+    """Which accuracy tools are used.
+
+    Attributes:
+        equalization: "none", "on", or "auto": where the budget is missed without, and only if it helps.
+        smooth_quant: "none", "on" (the best alpha of each value), alpha from 0 to 1, or "auto" as above.
+        bias_correction: "none", "fast", "sequential", or "auto" as above, of the two the one that helps.
+    """
+
+    equalization: str = "none"
+    smooth_quant: str | float = "none"
+    bias_correction: str = "none"
+
+    def asked(self) -> Tools:
+        """What is used in any case."""
+        return Tools(*("none" if value == "auto" else value for value in dataclasses.astuple(self)))
+
+    def steps(self) -> list[dict[str, Any]]:
+        """What may be tried besides, the cheapest first: a pass over a few samples, one over all, two, many."""
+        order = (
+            ("bias_correction", "fast"),
+            ("equalization", "on"),
+            ("smooth_quant", "on"),
+            ("bias_correction", "sequential"),
+        )
+        return [{name: value} for name, value in order if getattr(self, name) == "auto"]
+
+    def __str__(self) -> str:
+        used = [
+            name.replace("_", " ") + ("" if value == "on" else f" ({value})")
+            for name, value in dataclasses.asdict(self).items()
+            if value != "none"
+        ]
+        return " + ".join(used) or "plain"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trial:
+    """Everything quantised, with some of the accuracy tools.
+
+    Attributes:
+        tools: their names.
+        drop: what was lost; None where there was nothing to judge.
+        note: why not.
+    """
+
+    tools: str
+    drop: float | None
+    note: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Returned:
-    """A layer that stays in float.
+    """A node that stays in float.
 
     Attributes:
-        node, op_type: the layer.
-        nmse: its own rounding noise over its signal.
-        cost_ms: latency with this layer alone in float, less that with everything quantised, at batch 1; None where
-            it was not measured, since only the first ones are.
+        node, op_type: the node.
+        nmse: its own rounding noise over its signal; 0 for what only moves elements.
+        cost_ms: latency with this node alone in float, less that with everything quantised, at batch 1; None where
+            it was not measured, since only the first ones are, and those of a target that is here.
+        reason: "accuracy", or "slower in INT8", where the cost is what the profile of one run says.
     """
 
     node: str
     op_type: str
     nmse: float
     cost_ms: float | None
+    reason: str = "accuracy"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,12 +139,17 @@ class Int8Report:
         samples: how many.
         max_drop: the budget; None where there was none.
         drop: what is lost as shipped.
-        full_drop: what is lost with everything quantised.
+        full_drop: what is lost with everything quantised, and the tools that are used.
         evaluations: how often the model was judged.
         bias_correction: "none", "fast" or "sequential".
         quantised: how many nodes compute in integers.
-        returned: the layers that stay in float for the budget's sake.
+        returned: the nodes that stay in float, for the budget's sake or for speed.
         declined: what was left in float for other reasons.
+        equalization: how many pairs of layers were equalised.
+        smooth_quant: "none", "on" or alpha.
+        tried: what each of the accuracy tools gave.
+        judged_on: the target, or what stood in for it.
+        opset: the graph's; larger than the source's where that was too old for INT8.
     """
 
     metric: str
@@ -87,64 +163,11 @@ class Int8Report:
     quantised: int
     returned: tuple[Returned, ...]
     declined: tuple[Declined, ...]
-
-
-class Judge:
-    """Says how much a candidate loses against the float model, on samples that are gone through once for each.
-
-    Args:
-        reference: a session of the float model.
-        batches: labelled or not; held in memory, since every candidate sees all of them.
-        metric: ``auto`` is top1 with labels, agreement without where the model classifies, else nmse.
-
-    Raises:
-        DataError: no samples, or a metric that needs labels or classes that are not there.
-    """
-
-    def __init__(self, reference: runtimes.Session, batches: Sequence[Batch], *, metric: Metric = "auto") -> None:
-        if not batches:
-            raise DataError("there is nothing to measure the loss on", hint="--eval-data or --data")
-        self.batches = batches
-        self._outputs = [reference.run(batch.inputs) for batch in batches]
-        self.samples = sum(len(next(iter(batch.inputs.values()))) for batch in batches)
-        scores = [class_scores(outputs) for outputs in self._outputs]
-        labelled = all(batch.labels is not None for batch in batches)
-        classifies = all(s is not None for s in scores)
-        if metric == "auto":
-            metric = "nmse" if not classifies else ("top1" if labelled else "agreement")
-        if metric == "top1" and not labelled:
-            raise DataError("top1 needs labels", hint="use a folder with one subfolder a class, or metric agreement")
-        if metric in ("top1", "agreement") and not classifies:
-            raise DataError(f"{metric} needs a model that gives class scores", hint="use metric nmse")
-        self.metric = metric
-        self._classes = [s.argmax(axis=1) for s in scores if s is not None]
-
-    def drop(self, session: runtimes.Session) -> float:
-        """What the candidate loses: top-1 of the float model minus its own (negative where it is better), the
-        share of samples it classifies otherwise, or the normalised MSE of its worst output."""
-        lost, worst = 0, 0.0
-        for index, batch in enumerate(self.batches):
-            outputs = session.run(batch.inputs)
-            if self.metric == "nmse":
-                errors = (tensor_error(v, outputs[k]).nmse for k, v in self._outputs[index].items() if v.size)
-                worst = max(worst, *errors) if self._outputs[index] else worst
-                continue
-            scores = class_scores(outputs)
-            assert scores is not None
-            mine, theirs = scores.argmax(axis=1), self._classes[index]
-            if self.metric == "top1":
-                lost += int((theirs == batch.labels).sum()) - int((mine == batch.labels).sum())
-            else:
-                lost += int((mine != theirs).sum())
-        return worst if self.metric == "nmse" else lost / self.samples
-
-
-@contextlib.contextmanager
-def compiled_folder(model: ir.Model, target: Target) -> Iterator[Path]:
-    """The graph compiled for the target, as the folder that ``benchmark`` takes."""
-    with tempfile.TemporaryDirectory(prefix="toolchain-") as folder, temporary_onnx(model) as path:
-        compile_model(path, target, Path(folder))
-        yield Path(folder)
+    equalization: str = "none"
+    smooth_quant: str = "none"
+    tried: tuple[Trial, ...] = ()
+    judged_on: str = ""
+    opset: int = 0
 
 
 def quantise_within_budget(
@@ -158,11 +181,14 @@ def quantise_within_budget(
     max_drop: float | None,
     exclude: tuple[str, ...] = (),
     weights: str = "balanced",
-    bias_correction: str = "none",
-    bias_samples: Sequence[Feeds] | None = None,
+    tools: Tools | None = None,
+    calibration_data: Iterable[Batch] = (),
+    method: Method = "auto",
+    percentile: float = PERCENTILE,
+    return_slower: bool = False,
     on_status: Status = silent,
 ) -> tuple[ir.Model, Int8Report]:
-    """Quantises the graph and, where a budget asks for it, returns the fewest layers to float.
+    """Quantises the graph and, where a budget asks for it, uses accuracy tools and returns the fewest layers to float.
 
     Args:
         model: optimised float graph.
@@ -174,63 +200,30 @@ def quantise_within_budget(
         max_drop: the budget in the judge's metric; None ships what comes out.
         exclude: nodes that stay in float in any case.
         weights: how weight scales are chosen.
-        bias_correction: "none", "fast", "sequential", or "auto": the first of them, in this order, that meets the
-            budget, else the best; without a budget none.
-        bias_samples: batches whose means biases are corrected by; None takes ``samples``.
+        tools: the accuracy tools; None for none of them.
+        calibration_data: what the tools measure on; gone through several times, so no generator. Where there is
+            none, biases are corrected on ``samples``, and the other tools cannot be used.
+        method, percentile: of ranges that the tools change.
+        return_slower: return to float what is slower in INT8, where the target is here and can be looked into.
         on_status: is told what is going on.
 
     Raises:
         FidelityError: the budget cannot be met; the message says how near it came.
-        GraphError: see ``lower_int8``.
+        DataError: a tool that was asked for needs calibration data.
+        GraphError: see ``lower_int8``, ``prepare`` and ``at_least``.
     """
-    trials = 0
-    mode = "none" if bias_correction == "auto" else bias_correction
-
-    def lowered(returned: tuple[str, ...]) -> tuple[ir.Model, tuple[Declined, ...]]:
-        made, declined = lower_int8(model, target, calibration, exclude=(*exclude, *returned), weights=weights)
-        if mode != "none":
-            means_of = samples if bias_samples is None else bias_samples
-            correct_bias(model, made, means_of, mode=mode, dialect=dialect_of(target))  # type: ignore[arg-type]
-        return made, declined
-
-    def drop(returned: tuple[str, ...]) -> float:
-        nonlocal trials
-        trials += 1
-        on_status(f"int8: evaluation {trials}, {len(returned)} layers in float")
-        try:
-            quantised, _ = lowered(returned)
-        except GraphError:
-            if not returned:
-                raise
-            return math.inf  # nothing is left in INT8: no budget is met by giving up
-        with (
-            compiled_folder(quantised, target) as folder,
-            runtimes.backend(target.runtime).load(read_compiled(folder)) as session,
-        ):
-            return judge.drop(session)
-
-    ranked: list[LayerSensitivity] = []
-    if max_drop is None:
-        lost = drop(())
-        found = BudgetSearch(True, (), lost, lost, ())
-    else:
-        lost = drop(())
-        if bias_correction == "auto":
-            by_mode = {mode: lost}
-            for mode in ("fast", "sequential"):
-                if min(by_mode.values()) > max_drop:
-                    on_status(f"int8: {mode} bias correction")
-                    by_mode[mode] = drop(())
-            mode = min(by_mode, key=lambda name: by_mode[name])  # the simplest of equals: they are in that order
-            lost = by_mode[mode]
-        if lost <= max_drop:
-            found = BudgetSearch(True, (), lost, lost, ())
-        else:
-            on_status("int8: ranking the layers")
-            names = [name for name in quantizable(model, dialect_of(target)) if name not in exclude]
-            ranked = layer_sensitivities(model, lowered(())[0], names, samples[:_RANKED_ON])
-            found = search([layer.node for layer in ranked], lambda r: lost if not r else drop(r), max_drop)
-    if not found.met and max_drop is not None:
+    tools = Tools() if tools is None else tools
+    candidates = _Candidates(
+        at_least(model, _OPSET), target, calibration, judge, tuple(samples), exclude, weights, calibration_data,
+        method, percentile, on_status,
+    )  # fmt: skip
+    chosen, lost, tried = _choose_tools(candidates, tools, max_drop)
+    found, ranked = BudgetSearch(True, (), lost, lost, ()), []
+    if max_drop is not None and lost > max_drop:
+        on_status("int8: ranking the layers")
+        ranked = candidates.ranked(chosen)
+        found = search([layer.node for layer in ranked], lambda r: candidates.drop(chosen, r) if r else lost, max_drop)
+    if max_drop is not None and not found.met:
         worst = ", ".join(layer.node for layer in ranked[:3])
         best = min(found.trials, key=lambda trial: trial.drop)
         raise FidelityError(
@@ -239,42 +232,200 @@ def quantise_within_budget(
             where=f"worst layers: {worst}" if worst else None,
             hint="give more calibration data, a larger --max-drop, or ship --precision fp32; nothing was written",
         )
-    costs = dict(zip(found.excluded, _costs(found.excluded[:_COSTED], target, lowered, on_status), strict=False))
-    quantised, declined = lowered(found.excluded)
-    by_name = {layer.node: layer for layer in ranked}
+    costs = dict(zip(found.excluded, candidates.costs(chosen, found.excluded[:_COSTED]), strict=False))
+    slower, drop = _return_slower(candidates, chosen, found, max_drop) if return_slower else ({}, found.drop)
+    if slower and not ranked:
+        ranked = candidates.ranked(chosen)
+    quantised, declined = candidates.lowered(chosen, (*found.excluded, *slower))
+    prepared = candidates.prepared(chosen)
+    kinds = {label(node): node.op_type for node in prepared.model.graph}
+    noise = {layer.node: layer.nmse for layer in ranked}
+    returned = [Returned(n, kinds[n], noise.get(n, 0.0), costs.get(n)) for n in found.excluded]
+    returned += [Returned(n, kinds[n], noise.get(n, 0.0), cost, SLOWER) for n, cost in slower.items()]
+    left = {*exclude, *found.excluded, *slower}
     report = Int8Report(
         metric=judge.metric,
         data=data,
         samples=judge.samples,
         max_drop=max_drop,
-        drop=found.drop,
+        drop=drop,
         full_drop=found.full_drop,
-        evaluations=trials,
-        bias_correction=mode,
-        quantised=len(set(quantizable(model, dialect_of(target))) - set(exclude) - set(found.excluded)),
-        returned=tuple(Returned(n, by_name[n].op_type, by_name[n].nmse, costs.get(n)) for n in found.excluded),
+        evaluations=candidates.evaluations,
+        bias_correction=chosen.bias_correction,
+        quantised=len(set(quantizable(prepared.model, dialect_of(target))) - left),
+        returned=tuple(returned),
         declined=declined,
+        equalization=chosen.equalization,
+        smooth_quant=str(chosen.smooth_quant),
+        tried=tuple(tried),
+        judged_on=judged_on(target),
+        opset=default_opset(prepared.model.opset_imports),
     )
     return quantised, report
 
 
-def _costs(
-    nodes: Sequence[str],
-    target: Target,
-    lowered: Callable[[tuple[str, ...]], tuple[ir.Model, tuple[Declined, ...]]],
-    on_status: Status,
-) -> list[float]:
-    """Milliseconds that each of the nodes costs when it alone is in float."""
-    costs: list[float] = []
-    if not nodes:
+class _Candidates:
+    """Makes and judges candidates: what of the arguments of ``quantise_within_budget`` does not change."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        target: Target,
+        calibration: Calibration,
+        judge: Judge,
+        samples: Sequence[Feeds],
+        exclude: tuple[str, ...],
+        weights: str,
+        calibration_data: Iterable[Batch],
+        method: Method,
+        percentile: float,
+        on_status: Status,
+    ) -> None:
+        self.target = target
+        self.on_status = on_status
+        self.evaluations = 0
+        self._judge = judge
+        self._samples = samples
+        self._exclude = exclude
+        self._weights = weights
+        self._data = calibration_data
+        self._method = method
+        self._percentile = percentile
+        self._plain = Prepared(model, calibration, 0)
+        self._prepared: dict[tuple[str, str | float], Prepared] = {}
+
+    def prepared(self, tools: Tools) -> Prepared:
+        """The float graph that is quantised. Raises DataError, GraphError."""
+        key = tools.equalization, tools.smooth_quant
+        if key == ("none", "none"):
+            return self._plain
+        if key not in self._prepared:
+            alpha = {"none": None, "on": "auto"}.get(str(tools.smooth_quant), tools.smooth_quant)
+            self._prepared[key] = prepare(
+                self._plain.model,
+                self._plain.calibration,
+                self._data,
+                equalization=tools.equalization != "none",
+                smooth_quant=alpha,  # type: ignore[arg-type]  # a float, or "auto"
+                method=self._method,
+                percentile=self._percentile,
+                on_status=self.on_status,
+            )
+        return self._prepared[key]
+
+    def lowered(self, tools: Tools, returned: tuple[str, ...]) -> tuple[ir.Model, tuple[Declined, ...]]:
+        """A candidate, and what was declined in it."""
+        prepared = self.prepared(tools)
+        made, declined = lower_int8(
+            prepared.model,
+            self.target,
+            prepared.calibration,
+            exclude=(*self._exclude, *returned),
+            weights=self._weights,
+        )
+        if tools.bias_correction != "none":
+            means_of = [batch.inputs for batch in itertools.islice(self._data, _BIAS_BATCHES)] or self._samples
+            mode = tools.bias_correction
+            correct_bias(prepared.model, made, means_of, mode=mode, dialect=dialect_of(self.target))  # type: ignore[arg-type]
+        return made, declined
+
+    def drop(self, tools: Tools, returned: tuple[str, ...]) -> float:
+        """What the candidate loses."""
+        self.evaluations += 1
+        self.on_status(f"int8: evaluation {self.evaluations}, {len(returned)} layers in float")
+        try:
+            quantised, _ = self.lowered(tools, returned)
+        except GraphError:
+            if not returned:
+                raise
+            return math.inf  # nothing is left in INT8: no budget is met by giving up
+        with candidate_session(quantised, self.target) as session:
+            return self._judge.drop(session)
+
+    def ranked(self, tools: Tools) -> list[LayerSensitivity]:
+        """The layers, the most harmful first."""
+        model = self.prepared(tools).model
+        names = [name for name in quantizable(model, dialect_of(self.target)) if name not in self._exclude]
+        return layer_sensitivities(model, self.lowered(tools, ())[0], names, self._samples[:_RANKED_ON])
+
+    def costs(self, tools: Tools, nodes: Sequence[str]) -> list[float]:
+        """Milliseconds that each of the nodes costs when it alone is in float; none where the target is not here."""
+        costs: list[float] = []
+        if not nodes or cannot_run(self.target) is not None:
+            return costs
+        with compiled_folder(self.lowered(tools, ())[0], self.target) as whole:
+            for node in nodes:
+                self.on_status(f"int8: what {node} costs in float", len(costs) / len(nodes))
+                with compiled_folder(self.lowered(tools, (node,))[0], self.target) as without:
+                    found = turn_by_turn(without, whole, seconds=0.5)
+                    costs.append((found.ratio - 1) * found.b_ms)
         return costs
-    with compiled_folder(lowered(())[0], target) as whole:
-        for node in nodes:
-            on_status(f"int8: what {node} costs in float", len(costs) / len(nodes))
-            with compiled_folder(lowered((node,))[0], target) as without:
-                found = turn_by_turn(without, whole, seconds=0.5)
-                costs.append((found.ratio - 1) * found.b_ms)
-    return costs
+
+    def slower(self, tools: Tools, returned: tuple[str, ...]) -> dict[str, float]:
+        """Nodes to return for speed, and what each then costs (less than nothing), see ``islands.py``."""
+        made, _ = self.lowered(tools, returned)
+        model = self.prepared(tools).model
+        return slower_in_int8(model, made, quantizable(model, dialect_of(self.target)), self._samples[0])
+
+    def is_faster(self, tools: Tools, returned: tuple[str, ...], than: tuple[str, ...]) -> bool:
+        """Whether the candidate is faster with these nodes in float than with those."""
+        with (
+            compiled_folder(self.lowered(tools, returned)[0], self.target) as a,
+            compiled_folder(self.lowered(tools, than)[0], self.target) as b,
+        ):
+            return turn_by_turn(a, b).ratio <= _WORTHWHILE
+
+
+def _choose_tools(candidates: _Candidates, tools: Tools, max_drop: float | None) -> tuple[Tools, float, list[Trial]]:
+    """The tools that are used, what is lost with them, and what was tried. Of equals the fewest are used."""
+    chosen = tools.asked()
+    lost = candidates.drop(chosen, ())
+    tried = [Trial(str(chosen), lost)]
+    for step in tools.steps():
+        if max_drop is None or lost <= max_drop:
+            break
+        more = dataclasses.replace(chosen, **step)
+        candidates.on_status(f"int8: trying {more}")
+        try:
+            if candidates.prepared(more).model is candidates.prepared(chosen).model and "bias_correction" not in step:
+                tried.append(Trial(str(more), None, "the graph has no place for it"))
+                continue
+            drop = candidates.drop(more, ())
+        except DataError as error:
+            tried.append(Trial(str(more), None, error.what))
+            continue
+        tried.append(Trial(str(more), drop))
+        if drop < lost:
+            chosen, lost = more, drop
+    return chosen, lost, tried
+
+
+def _return_slower(
+    candidates: _Candidates, tools: Tools, found: BudgetSearch, max_drop: float | None
+) -> tuple[dict[str, float], float]:
+    """The nodes that are returned for speed with what each costs in ms (less than nothing), and what is lost then."""
+    slower: dict[str, float] = {}
+    drop = found.drop
+    if not can_profile(candidates.target):
+        return slower, drop
+    for _ in range(_ISLAND_ROUNDS):
+        candidates.on_status("int8: looking for what is slower in INT8")
+        before = (*found.excluded, *slower)
+        more = {n: ms for n, ms in candidates.slower(tools, before).items() if n not in before}
+        if not more:
+            break
+        now = (*before, *more)
+        try:
+            if not candidates.is_faster(tools, now, before):
+                break
+        except GraphError:  # nothing would be left in INT8: that is float32, which is compared as such
+            break
+        lost = candidates.drop(tools, now)
+        if max_drop is not None and lost > max_drop:
+            break
+        slower |= more
+        drop = lost
+    return slower, drop
 
 
 def turn_by_turn(a: Path, b: Path, *, seconds: float = 1.0) -> Comparison:

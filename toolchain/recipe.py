@@ -75,9 +75,17 @@ class Quantize(_Section):
     percentile: Annotated[float, pydantic.Field(gt=50, le=100)] = 99.99
     weights: Literal["balanced", "amax", "mse"] = "balanced"
     bias_correction: Literal["none", "fast", "sequential", "auto"] = "auto"
+    equalization: Literal["none", "on", "auto"] = "auto"
+    smooth_quant: Literal["none", "on", "auto"] | Annotated[float, pydantic.Field(ge=0, le=1)] = "auto"
     exclude: list[str] = []
     max_drop: Annotated[float, pydantic.Field(ge=0)] | None = None
     metric: Literal["auto", "top1", "agreement", "nmse"] = "auto"
+
+    @pydantic.field_validator("bias_correction", "equalization", "smooth_quant", mode="before")
+    @classmethod
+    def _unquoted(cls, value: Any) -> Any:
+        # YAML reads on and off as true and false
+        return ("on" if value else "none") if isinstance(value, bool) else value
 
 
 class Verify(_Section):
@@ -367,8 +375,13 @@ quantize:
   percentile: 99.99
   # Weights: balanced rounds so that the errors of a channel cancel; amax rounds to the nearest; mse clips the largest
   weights: balanced
-  # Takes back what rounding shifts a layer's mean by; auto tries it where the budget is missed without
+  # Three tools for accuracy; auto tries each where max_drop is missed without, and keeps it if it helps.
+  # Takes back what rounding shifts a layer's mean by: none, fast, sequential
   bias_correction: auto
+  # Evens out channels between layers, for weights with one scale: none, on
+  equalization: auto
+  # Moves outliers of activations into weights, for transformers: none, on (the best for each), or how much, 0 to 1
+  smooth_quant: auto
   # Nodes that stay in float, by name
   exclude: []
   # The most that may be lost, such as 0.005; the fewest layers are returned to float for it. null ships what comes out

@@ -20,7 +20,7 @@ from toolchain.data import Batch
 from toolchain.errors import DataError, FidelityError, GraphError
 from toolchain.evaluate import reference_session
 from toolchain.lower import lower_int8
-from toolchain.quantization import Judge, quantise_within_budget
+from toolchain.quantization import Judge, Tools, quantise_within_budget
 from toolchain.sensitivity import layer_sensitivities
 
 CPU = Target("ort-cpu")
@@ -233,7 +233,14 @@ def test_precisions_without_calibration(workplace: Path, precision: str) -> None
 def test_the_report_says_which_bias_correction_was_made(images: np.ndarray, mode: str) -> None:
     model, calibration, judge = prepared(outlier_net(), images)
     made, report = quantise_within_budget(
-        model, CPU, calibration, judge, [{"image": images}], data="made up", max_drop=None, bias_correction=mode
+        model,
+        CPU,
+        calibration,
+        judge,
+        [{"image": images}],
+        data="made up",
+        max_drop=None,
+        tools=Tools(bias_correction=mode),
     )
     assert report.bias_correction == mode
     plain, _ = lower_int8(model, CPU, calibration)  # type: ignore[arg-type]
@@ -251,7 +258,14 @@ def test_the_report_says_which_bias_correction_was_made(images: np.ndarray, mode
 def test_auto_tries_bias_correction_before_it_gives_up_layers(images: np.ndarray) -> None:
     model, calibration, judge = prepared(outlier_net(), images)
     _, report = quantise_within_budget(
-        model, CPU, calibration, judge, [{"image": images}], data="made up", max_drop=0.003, bias_correction="auto"
+        model,
+        CPU,
+        calibration,
+        judge,
+        [{"image": images}],
+        data="made up",
+        max_drop=0.003,
+        tools=Tools(bias_correction="auto"),
     )
     assert report.drop <= 0.003
     assert report.evaluations >= 3  # plain, fast, sequential, and then the search
