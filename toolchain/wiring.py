@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 
 from toolchain.errors import GraphError
 
 if TYPE_CHECKING:
-    import onnx
     import onnx_ir as ir
 
 #: elements of a tensor that tell it from others
@@ -220,10 +220,9 @@ def more_outputs(names: Sequence[str]) -> bytes:
     Protobuf merges what comes twice: of a second graph in the file the outputs are added to the first one's
     (https://protobuf.dev/programming-guides/encoding/#last-one-wins).
     """
-    import onnx
-
     outputs = [onnx.ValueInfoProto(name=name) for name in names]
-    return onnx.ModelProto(graph=onnx.GraphProto(output=outputs)).SerializeToString()
+    merged: bytes = onnx.ModelProto(graph=onnx.GraphProto(output=outputs)).SerializeToString()
+    return merged
 
 
 class _Unusual(Exception):
@@ -261,8 +260,6 @@ class _File:
 
     def _skeleton(self) -> onnx.ModelProto:
         """The model without its large initializers, which go to ``_weights``."""
-        import onnx
-
         data, model, graph = self._data, bytearray(), bytearray()
         for number, tag, start, stop in self._fields(0, len(data)):
             if number != 7:
@@ -273,7 +270,7 @@ class _File:
                     self._weight(first, last)
                 else:
                     graph += data[inner_tag:last]
-        found = onnx.ModelProto.FromString(bytes(model))
+        found: onnx.ModelProto = onnx.ModelProto.FromString(bytes(model))
         found.graph.MergeFromString(bytes(graph))
         return found
 
@@ -306,8 +303,6 @@ class _File:
 
     def _weight(self, start: int, stop: int) -> None:
         """A large initializer: its header, and some elements."""
-        import onnx
-
         header, raw = bytearray(), None
         for number, tag, first, last in self._fields(start, stop):
             if number == 9:
@@ -330,8 +325,6 @@ class _File:
 
     def _op(self, node: onnx.NodeProto) -> list[Op]:
         """The node, then those of its subgraphs."""
-        import onnx
-
         kinds = onnx.AttributeProto
         attributes: dict[str, Any] = {}
         inner: list[Op] = []
@@ -376,8 +369,6 @@ class _File:
         known = recorded(graph)
         if all(name in known for node in graph.node for name in node.output if name):
             return known
-        import onnx
-
         listed = {value.name for value in graph.input}
         for name, (number, shape) in self._sizes.items():
             if name not in listed:
@@ -392,8 +383,6 @@ class _File:
 
 
 def _of_proto(tensor: onnx.TensorProto) -> Constant:
-    import onnx
-
     if tensor.external_data or tensor.HasField("segment"):
         raise _Unusual
     return _constant(_type_name(tensor.data_type), onnx.numpy_helper.to_array(tensor))
@@ -411,9 +400,7 @@ def _some(elements: np.ndarray) -> str:
 
 
 def _type_name(number: int) -> str:
-    import onnx
-
-    return str(onnx.TensorProto.DataType.Name(number))  # type: ignore[arg-type]
+    return str(onnx.TensorProto.DataType.Name(number))
 
 
 def _text(encoded: bytes) -> str:
