@@ -56,11 +56,13 @@ __all__ = [
     "load",
 ]
 
-#: Target name -> the module whose BACKEND it is. Other distributions add theirs as entry points.
+#: Target name -> module, and the name of the backend in it. Other distributions add theirs as entry points.
 _BACKENDS = {
-    "ort-cpu": "runtimes.ort_cpu",
-    "openvino-cpu": "runtimes.openvino_cpu",
-    "reference": "runtimes.reference",
+    "ort-cpu": "runtimes.ort_cpu:BACKEND",
+    "openvino-cpu": "runtimes.openvino_cpu:BACKEND",
+    "tensorrt": "runtimes.tensorrt_engine:BACKEND",
+    "tensorrt-rtx": "runtimes.tensorrt_engine:RTX",
+    "reference": "runtimes.reference:BACKEND",
 }
 _ENTRY_POINTS = "runtimes.backends"
 
@@ -72,8 +74,9 @@ def backend(name: str) -> Backend:
         InvalidInput: nobody offers it; the message has the nearest names.
         TargetUnavailable: another distribution offers it, but it does not import.
     """
-    if module := _BACKENDS.get(name):
-        found = importlib.import_module(module).BACKEND
+    if place := _BACKENDS.get(name):
+        module, _, attribute = place.partition(":")
+        found = getattr(importlib.import_module(module), attribute)
     else:
         offered = _entry_points()
         if name not in offered:

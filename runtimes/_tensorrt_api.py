@@ -132,7 +132,7 @@ class Api:
 
 @functools.cache
 def _collector(trt: Any) -> type:
-    class Collector(trt.ILogger):  # type: ignore[misc]
+    class Collector(trt.ILogger):
         """Keeps the last messages that say more than what is going on."""
 
         def __init__(self) -> None:
@@ -178,7 +178,9 @@ def require_api(target: str) -> Api:
     """The TensorRT of a runtime's name. Raises TargetUnavailable where there is none."""
     found = find_api(target)
     if isinstance(found, Availability):
-        raise TargetUnavailable(f"{target} is not here: {found.reason}", hint=f"run: {found.remedy}")
+        raise TargetUnavailable(
+            found.reason or f"{target} is not here", where=f"target {target}", hint=f"run: {found.remedy}"
+        )
     return found
 
 

@@ -1,0 +1,79 @@
+"""Whether native code may be loaded, and files that only this user can have written.
+
+A TensorRT plan is native code: who deserialises one lets its maker do what this process can. So a plan is taken only
+if it was built on this machine by this user, or if the caller vouches for it. ``compile`` notes the SHA-256 of each
+plan that it writes, one small file for each in the user's cache; an artifact cannot bring such a note along.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from pathlib import Path
+
+from runtimes._digests import _is_ours, cache_root
+
+_MAX_OWN = 1 << 30
+
+
+def note_built(sha256: str, what: str) -> bool:
+    """Notes that a file of this digest was built here. Returns whether that could be written.
+
+    Args:
+        sha256: of the file, in lower-case hex.
+        what: for a person who looks into the cache.
+    """
+    root = cache_root()
+    return root is not None and write_own(_note(root, sha256), f"{what}\n".encode())
+
+
+def refusal(sha256: str, *, trusted: bool) -> str | None:
+    """Why native code of this digest may not be loaded; None where it may.
+
+    This is the one place that decides. A signature that was checked would be the third reason to say yes.
+    """
+    if trusted:
+        return None
+    root = cache_root()
+    if root is not None and read_own(_note(root, sha256)) is not None:
+        return None
+    return "it was not built on this machine, and is native code that could do here whatever this process can"
+
+
+def _note(root: Path, sha256: str) -> Path:
+    return root / "built" / sha256
+
+
+def read_own(path: Path) -> bytes | None:
+    """The content of a file of the cache; None where there is none, or where others could have written it."""
+    try:
+        if path.parent.is_symlink() or not _is_ours(os.lstat(path.parent)):
+            return None
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or not _is_ours(status) or status.st_size > _MAX_OWN:
+                return None
+            return file.read()
+    except OSError:
+        # not there or not readable: to the caller the same
+        return None
+
+
+def write_own(path: Path, content: bytes) -> bool:
+    """Writes a file of the cache, whole or not at all, readable by this user only. Returns whether it is there."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{time.monotonic_ns():x}.tmp")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError:
+        return False
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        return False
+    return True

@@ -1,0 +1,511 @@
+"""TensorRT engines: targets ``tensorrt`` (10 and 11) and ``tensorrt-rtx``.
+
+``compile`` keeps the graph as ``model.onnx`` and writes the engine as ``prepared/model.plan``. What the engine is
+bound to stands in the fingerprint, and all of it is compared before TensorRT sees a byte of the plan::
+
+    flavor, version             tensorrt or tensorrt-rtx, such as 1.7.1.116
+    compute_capabilities        of the GPUs that it runs on: "8.6 8.9", "8.9", or "8.0+" for all from there on
+    os, machine                 sys.platform and platform.machine()
+    cuda                        the major version of CUDA that the driver has to support
+    options                     the builder's options that are not the default, as JSON
+    graph_sha256                of model.onnx
+    plan_sha256, plan_size      of the plan: a cut or changed one is refused unread
+
+Devices: ``tensorrt:1`` builds for the GPU of that number and runs there. ``tensorrt-rtx`` without a device builds for
+every GPU since Ampere, and ``tensorrt-rtx:sm86,sm89`` for those that are named, both on machines with no GPU at all.
+
+A plan is native code: ``_trust.py`` says when one may be loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import platform
+import shlex
+import stat
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from runtimes import _cuda, _cuda_packages, _trust
+from runtimes._digests import cache_root
+from runtimes._driver import Driver, Gpu, driver
+from runtimes._tensorrt_api import FLAVORS, Api, require_api
+from runtimes._tensorrt_build import (
+    Engine,
+    NetworkReport,
+    Progress,
+    Unsupported,
+    build_engine,
+    inspect_graph,
+    watch_builds,
+)
+from runtimes._tensorrt_options import SESSION_OPTIONS, TensorRTOptions, build_options
+from runtimes.base import (
+    Availability,
+    Backend,
+    Compiled,
+    Error,
+    InvalidInput,
+    InvalidModel,
+    Session,
+    Target,
+    TargetUnavailable,
+)
+from runtimes.model_file import check_model_file, copy_model
+
+__all__ = [
+    "BACKEND",
+    "RTX",
+    "NetworkReport",
+    "Progress",
+    "TensorRTOptions",
+    "Unsupported",
+    "inspect_network",
+    "watch_builds",
+]
+
+_PLAN = "prepared/model.plan"
+#: What every engine of TensorRT-RTX runs on where no GPU was named, says its documentation of CPU-only builds.
+_SINCE_AMPERE = "8.0+"
+
+
+def inspect_network(model: Path, target: Target) -> NetworkReport:
+    """Says which nodes of a graph TensorRT takes, and which not and why. Builds nothing and needs no GPU.
+
+    Args:
+        model: an ONNX file.
+        target: ``tensorrt`` or ``tensorrt-rtx``; the device makes no difference.
+
+    Raises:
+        TargetUnavailable: that TensorRT is not installed.
+        InvalidInput: the target is another runtime.
+        InvalidModel: the file is no ONNX model, or TensorRT cannot parse it.
+    """
+    names = (BACKEND.name, RTX.name)
+    if target.runtime not in names:
+        raise InvalidInput(f"{target} does not say which nodes it takes", hint=f"these do: {', '.join(names)}")
+    return inspect_graph(require_api(target.runtime), model)
+
+
+class TensorRT(Backend):
+    """The backend of ``tensorrt``."""
+
+    name: ClassVar[str] = "tensorrt"
+    execution_provider: ClassVar[str | None] = None
+    device_class: ClassVar[str] = "gpu"
+    options_type: ClassVar[type] = TensorRTOptions
+
+    def probe(self) -> Availability:
+        return self.can_run(Target(self.name))
+
+    def can_compile(self, target: Target) -> Availability:
+        return self._state(target, self._device)
+
+    def can_run(self, target: Target) -> Availability:
+        return self._state(target, self._require_runnable)
+
+    def _state(self, target: Target, require: Callable[[Api, Target], object]) -> Availability:
+        version = None
+        try:
+            api = self._api(target)
+            version = api.version
+            require(api, target)
+        except Error as error:
+            remedy = error.hint.removeprefix("run: ") if error.hint and error.hint.startswith("run: ") else None
+            return Availability(False, version, error.what, remedy)
+        return Availability(True, version)
+
+    def _api(self, target: Target) -> Api:
+        """This backend's TensorRT. Raises TargetUnavailable where it is not here, or has no such devices at all."""
+        named = target.device is not None and not target.device.isdigit()
+        if named and not any(flavor.cross_compiles for flavor in FLAVORS if flavor.target == self.name):
+            raise TargetUnavailable(
+                f"{self.name} builds on the GPU that is to run it, not for {target.device}",
+                where=f"target {target}",
+                hint=f"{self.name} on a machine with that GPU, or tensorrt-rtx:{target.device}, which needs none",
+            )
+        return require_api(self.name)
+
+    def _require_runnable(self, api: Api, target: Target) -> None:
+        """Raises TargetUnavailable where an engine built for this target cannot run here."""
+        capabilities = self._named(api, target)
+        gpu = _gpu(api, None if capabilities else _ordinal(target))
+        if capabilities:
+            _check_capability(" ".join(_dotted(name) for name in capabilities), gpu)
+        elif api.flavor.cross_compiles and target.device is None:
+            _check_capability(_SINCE_AMPERE, gpu)
+        if _cuda_packages.name() is None:
+            raise TargetUnavailable(
+                "neither cuda-bindings nor pycuda is installed", hint="run: pip install cuda-bindings"
+            )
+
+    def compile(self, model: Path, target: Target, directory: Path, *, options: Any = None) -> Compiled:
+        """Builds an engine. ``watch_builds`` tells how far it is; Ctrl-C ends it within a step of the builder."""
+        api = self._api(target)
+        options = self._options(options)
+        _refuse_foreign_options(api, options)
+        device = self._device(api, target)
+        model = Path(model)
+        engine = build_engine(
+            api,
+            model,
+            capabilities=device.capabilities,
+            ordinal=device.ordinal,
+            options=options,
+            timing_cache=_timing_cache(api, device) if options.timing_cache else None,
+            command=_rebuild(model, target, options),
+        )
+        copy_model(check_model_file(model), directory)
+        sha256, size = _write_plan(engine, directory / _PLAN)
+        fingerprint = {
+            "flavor": api.flavor.target,
+            "version": api.version,
+            "compute_capabilities": device.runs_on(options),
+            "os": sys.platform,
+            "machine": platform.machine(),
+            "cuda": str(api.cuda or ""),
+            "options": json.dumps(build_options(options), sort_keys=True),
+            "graph_sha256": _sha256(directory / "model.onnx"),
+            "plan_sha256": sha256,
+            "plan_size": str(size),
+        }
+        remarks = engine.remarks
+        if not _trust.note_built(sha256, f"{target}, {api.flavor.title} {api.version}"):
+            remarks += ("there is no cache to note in that this engine was built here: load it with trust=True",)
+        return Compiled(target, directory, "model.onnx", _PLAN, fingerprint, remarks)
+
+    def selects(self, compiled: Compiled, *, options: Any = None) -> str:
+        if compiled.prepared_file is None:
+            raise _not_compiled(compiled)
+        return compiled.prepared_file
+
+    def load(self, compiled: Compiled, *, options: Any = None) -> Session:
+        """Loads an engine. What is wrong with it is said before what this machine lacks."""
+        if compiled.prepared_file is None:
+            raise _not_compiled(compiled)
+        api = self._api(compiled.target)
+        options = self._options(options)
+        file = compiled.directory / compiled.prepared_file
+        command = _rebuild_of(compiled)
+        _check_version(api, compiled, file, command)
+        _check_options(compiled, options, command)
+        plan = _read_plan(file, compiled.fingerprint, command)
+        if refused := _trust.refusal(compiled.fingerprint["plan_sha256"], trusted=compiled.trusted):
+            raise InvalidModel(
+                f"this engine is not loaded: {refused}",
+                where=str(file),
+                hint=f"trust=True, if you know who built it; or build it here: {command}",
+            )
+        ordinal = None if self._named(api, compiled.target) else _ordinal(compiled.target)
+        gpu = _gpu(api, ordinal)
+        _check_capability(compiled.fingerprint["compute_capabilities"], gpu, where=str(file), command=command)
+        from runtimes import _tensorrt_session
+
+        info = {
+            "target": str(compiled.target),
+            "runtime": f"{api.flavor.target} {api.version}",
+            "file": compiled.prepared_file,
+            "device": f"{gpu.name}, compute capability {gpu.capability_text}",
+            "built_for": compiled.fingerprint["compute_capabilities"],
+            "build_options": compiled.fingerprint["options"],
+        }
+        return _tensorrt_session.make_session(api, plan, compiled.target, options=options, info=info)
+
+    def _options(self, options: Any) -> TensorRTOptions:
+        if options is None:
+            return TensorRTOptions()
+        if not isinstance(options, TensorRTOptions):
+            raise InvalidInput(
+                f"options of {self.name} are a TensorRTOptions, not a {type(options).__name__}",
+                hint="runtimes.tensorrt_engine.TensorRTOptions(optimization_level=...)",
+            )
+        return options
+
+    def _named(self, api: Api, target: Target) -> tuple[str, ...]:
+        """The compute capabilities that a target names; none where it names a GPU by number, or nothing.
+
+        Raises:
+            TargetUnavailable: this TensorRT does not know one.
+        """
+        if target.device is None or target.device.isdigit():
+            return ()
+        known = api.capabilities()
+        names = target.device.lower().split(",")
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+                raise TargetUnavailable(
+                    f"{api.flavor.title} {api.version} builds for no {name!r}: "
+                    f"{_meant(near)}it knows {', '.join(known)}",
+                    where=f"target {target}",
+                    hint=f"{self.name} without a device builds for all GPUs since sm80",
+                )
+        return tuple(sorted(set(names), key=known.index))
+
+    def _device(self, api: Api, target: Target) -> _Device:
+        """What to build for. Raises TargetUnavailable where that cannot be done here."""
+        capabilities = self._named(api, target)
+        if capabilities:
+            return _Device(capabilities, None, None)
+        if api.flavor.cross_compiles and target.device is None:
+            return _Device((), None, None)
+        ordinal = _ordinal(target)
+        gpu = _gpu(api, ordinal)
+        return _Device(("current",) if api.flavor.cross_compiles else (), ordinal, gpu)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Device:
+    """What an engine is built for: named capabilities, or a GPU that is here, or neither: all since Ampere."""
+
+    capabilities: tuple[str, ...]
+    ordinal: int | None
+    gpu: Gpu | None
+
+    def runs_on(self, options: TensorRTOptions) -> str:
+        """The compute capabilities on which the engine runs, as the fingerprint has them."""
+        if self.gpu is not None:
+            ampere = options.hardware_compatibility == "ampere-plus"
+            return _SINCE_AMPERE if ampere else self.gpu.capability_text
+        return " ".join(_dotted(name) for name in self.capabilities) or _SINCE_AMPERE
+
+
+def _meant(near: list[str]) -> str:
+    return f"did you mean {' or '.join(near)}? " if near else ""
+
+
+def _dotted(name: str) -> str:
+    """``sm120`` as people write it: 12.0."""
+    return f"{name[2:-1]}.{name[-1]}"
+
+
+def _ordinal(target: Target) -> int | None:
+    return None if target.device is None else int(target.device)
+
+
+def _gpu(api: Api, ordinal: int | None, state: Driver | None = None) -> Gpu:
+    """The GPU of that number, the first where none is given.
+
+    Raises:
+        TargetUnavailable: no driver, one that is too old, or no such GPU.
+    """
+    state = state or driver()
+    _cuda.require_driver(cuda=api.cuda, who=api.flavor.title, state=state)
+    _cuda.require_device(ordinal or 0, state)
+    return state.gpus[ordinal or 0]
+
+
+def _check_capability(built_for: str, gpu: Gpu, *, where: str | None = None, command: str | None = None) -> None:
+    """Raises TargetUnavailable where an engine for these compute capabilities does not run on the GPU."""
+    if not built_for or gpu.capability_text in built_for.split():
+        return
+    if built_for.endswith("+"):
+        major, _, minor = built_for[:-1].partition(".")
+        if gpu.capability >= (int(major), int(minor)):
+            return
+    raise TargetUnavailable(
+        f"built for compute capability {built_for}, and this GPU ({gpu.name}) has {gpu.capability_text}",
+        where=where,
+        hint=f"build it for this GPU: {command}" if command else None,
+    )
+
+
+def _refuse_foreign_options(api: Api, options: TensorRTOptions) -> None:
+    """Raises InvalidInput for options that this TensorRT has no equivalent of."""
+    wanted = {
+        "version_compatible": options.version_compatible and not api.flavor.version_compatible,
+        "hardware_compatibility": options.hardware_compatibility != "none" and not api.flavor.hardware_compatible,
+    }
+    instead = {
+        "version_compatible": "an engine of TensorRT-RTX is bound to its version; building it again takes seconds",
+        "hardware_compatibility": "name GPUs in the target: tensorrt-rtx:sm86,sm89, or none for all since Ampere",
+    }
+    for name, bad in wanted.items():
+        if bad:
+            raise InvalidInput(f"{api.flavor.title} has no {name}", where=f"option {name}", hint=instead[name])
+
+
+def _timing_cache(api: Api, device: _Device) -> Path | None:
+    """Where timings are kept, one file for each TensorRT and kind of GPU; None where there are none to keep."""
+    root = cache_root()
+    if root is None or not api.flavor.timing_cache or device.gpu is None:
+        return None
+    gpu = "".join(letter if letter.isalnum() else "-" for letter in device.gpu.name)
+    return root / "timings" / f"{api.flavor.target}-{api.version}-{gpu}-{device.gpu.capability_text}"
+
+
+def _write_plan(engine: Engine, file: Path) -> tuple[str, int]:
+    """Writes the plan. Returns its SHA-256 in hex and its size in bytes. Raises OSError."""
+    file.parent.mkdir(parents=True)
+    content = memoryview(engine.plan)
+    with open(file, "wb") as opened:
+        opened.write(content)
+    return hashlib.sha256(content).hexdigest(), content.nbytes
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _read_plan(file: Path, fingerprint: Mapping[str, str], command: str) -> bytes:
+    """The bytes of a plan, which are those that were built: what is checked here is what is deserialised.
+
+    Raises:
+        InvalidModel: it is missing, no plain file, cut short or changed.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+        with open(descriptor, "rb") as opened:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise InvalidModel("the engine is no plain file", where=str(file))
+            content = opened.read(int(fingerprint["plan_size"]) + 1)
+    except OSError as error:
+        raise InvalidModel(f"the engine cannot be read: {error.strerror}", where=str(file), hint=command) from error
+    size, wanted = len(content), int(fingerprint["plan_size"])
+    if size != wanted:
+        longer = "more than" if size > wanted else f"{size:,} bytes, not"
+        raise InvalidModel(
+            f"the engine is damaged: it has {longer} {wanted:,}", where=str(file), hint=f"build it again: {command}"
+        )
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != fingerprint["plan_sha256"]:
+        raise InvalidModel(
+            f"the engine is damaged: its SHA-256 is {digest}, not {fingerprint['plan_sha256']}",
+            where=str(file),
+            hint=f"build it again: {command}",
+        )
+    return content
+
+
+_FIELDS = (
+    "flavor",
+    "version",
+    "compute_capabilities",
+    "os",
+    "machine",
+    "cuda",
+    "options",
+    "plan_sha256",
+    "plan_size",
+)
+
+
+def _check_version(api: Api, compiled: Compiled, file: Path, command: str) -> None:
+    """Compares what does not need a GPU to be known.
+
+    Raises:
+        InvalidModel: the fingerprint lacks a field, or one is not what a fingerprint holds.
+        TargetUnavailable: the engine was built by another TensorRT or on another system.
+    """
+    built = compiled.fingerprint
+    for field in _FIELDS:
+        if field not in built:
+            raise InvalidModel(
+                f"the fingerprint of this engine has no {field}", where=str(file), hint=f"build it again: {command}"
+            )
+    if not built["plan_size"].isdecimal():
+        raise InvalidModel(f"plan_size is {built['plan_size']!r}, no number of bytes", where=str(file))
+    try:
+        options = json.loads(built["options"])
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise InvalidModel(f"options are {built['options']!r}, no JSON object", where=str(file))
+    here = {"flavor": api.flavor.target, "version": api.version, "machine": platform.machine()}
+    if not api.flavor.any_os:
+        here["os"] = sys.platform
+    for field, value in here.items():
+        if built[field] == value:
+            continue
+        if field == "version" and options.get("version_compatible") and _later(value, built[field]):
+            continue
+        raise TargetUnavailable(
+            f"built with {field} {built[field]!r}, here it is {value!r}",
+            where=str(file),
+            hint=f"build it here: {command}",
+        )
+    needed = built["cuda"]
+    supported = driver().cuda
+    if needed.isdecimal() and supported is not None and supported[0] < int(needed):
+        raise TargetUnavailable(
+            "built for CUDA {}, and the driver here supports {}.{}".format(needed, *supported),
+            where=str(file),
+            hint=f"install a driver for CUDA {needed}",
+        )
+
+
+def _later(here: str, built: str) -> bool:
+    """Whether a version is the same or a later one of the same major version, or of the next."""
+    numbers = [[int(part) for part in text.split(".") if part.isdecimal()] for text in (here, built)]
+    return all(numbers) and numbers[0] >= numbers[1] and numbers[0][0] - numbers[1][0] <= 1
+
+
+def _check_options(compiled: Compiled, options: TensorRTOptions, command: str) -> None:
+    """A builder's option that is given to ``load`` has to be the one the engine was built with."""
+    built = json.loads(compiled.fingerprint["options"])
+    for name, value in build_options(options).items():
+        if built.get(name) != value:
+            raise InvalidInput(
+                f"{name} is {value!r}, and the engine was built with "
+                f"{repr(built[name]) if name in built else 'the default'}",
+                where=f"option {name}",
+                hint=f"it is fixed once an engine is built; options of a session are {', '.join(SESSION_OPTIONS)}. "
+                f"To build it again: {command}",
+            )
+
+
+def _rebuild(model: Path, target: Target, options: TensorRTOptions) -> str:
+    """The command that builds the same engine, for a person to run."""
+    return _command(model, target, build_options(options))
+
+
+def _rebuild_of(compiled: Compiled) -> str:
+    try:
+        options = json.loads(compiled.fingerprint.get("options", "{}"))
+    except ValueError:
+        options = {}
+    return _command(compiled.directory / (compiled.model_file or "model.onnx"), compiled.target, options)
+
+
+def _command(model: Path, target: Target, options: Mapping[str, Any]) -> str:
+    arguments = [_literal(str(model)), _literal(str(target)), '"engine"']
+    if options:
+        arguments.append(f"options={_literal(options)}")
+    return "python -c " + shlex.quote(f"import runtimes; runtimes.compile({', '.join(arguments)})")
+
+
+def _literal(value: Any) -> str:
+    """A value of JSON as Python, with double quotes, which a shell needs not quote again."""
+    if isinstance(value, str):
+        return json.dumps(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(one) for one in value) + "]"
+    return repr(value)
+
+
+def _not_compiled(compiled: Compiled) -> InvalidModel:
+    model = compiled.directory / (compiled.model_file or "model.onnx")
+    return InvalidModel(
+        f"there is no engine for {compiled.target} here, only a graph, and loading builds nothing",
+        where=str(model),
+        hint=f"compile it first: {_command(model, compiled.target, {})}",
+    )
+
+
+class TensorRTRtx(TensorRT):
+    """The backend of ``tensorrt-rtx``."""
+
+    name: ClassVar[str] = "tensorrt-rtx"
+
+
+BACKEND = TensorRT()
+RTX = TensorRTRtx()
