@@ -52,10 +52,12 @@ class Declined:
 
 @dataclasses.dataclass
 class Outcome(ir.passes.PassResult):
-    """What a pass did: the model, whether it was changed, how often the pass fired, what it declined."""
+    """What a pass did: the model, whether it was changed, how often the pass fired, what it declined, and what a
+    person should know of it besides."""
 
     fired: int = 0
     declined: tuple[Declined, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
