@@ -30,10 +30,12 @@ class Flavor:
         install: the command that installs it.
         strongly_typed_flag: whether a strongly typed network has to be asked for; the others know no other.
         cross_compiles: whether engines are built for compute capabilities that are named, without a GPU.
-        timing_cache: whether kernel timings can be kept. TensorRT-RTX chooses kernels when an engine is loaded,
-            and keeps those in a runtime cache.
+        timing_cache: whether the builder times kernels, and keeps what it timed. TensorRT-RTX chooses kernels when
+            an engine is first run.
         version_compatible: whether an engine can be made to run on later versions.
         hardware_compatible: whether an engine can be made to run on other GPUs than the one it was built on.
+        records_graphs: whether it records runs as CUDA graphs itself, as the runtime configuration says; and keeps the
+            kernels that it compiles when an engine is first run in a runtime cache.
         any_os: whether an engine built on Linux runs on Windows and the reverse.
         names: those that our code uses and not all flavors have: ``Class`` or ``Class.member``.
     """
@@ -48,6 +50,7 @@ class Flavor:
     timing_cache: bool
     version_compatible: bool
     hardware_compatible: bool
+    records_graphs: bool
     any_os: bool
     names: tuple[str, ...] = ()
 
@@ -64,6 +67,7 @@ FLAVORS = (
         timing_cache=True,
         version_compatible=True,
         hardware_compatible=True,
+        records_graphs=False,
         any_os=False,
     ),
     Flavor(
@@ -77,6 +81,7 @@ FLAVORS = (
         timing_cache=True,
         version_compatible=True,
         hardware_compatible=True,
+        records_graphs=False,
         any_os=False,
     ),
     Flavor(
@@ -90,8 +95,17 @@ FLAVORS = (
         timing_cache=False,
         version_compatible=False,
         hardware_compatible=False,
+        records_graphs=True,
         any_os=True,
-        names=("ComputeCapability", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability"),
+        names=(
+            "ComputeCapability",
+            "CudaGraphStrategy",
+            "IBuilderConfig.num_compute_capabilities",
+            "IBuilderConfig.set_compute_capability",
+            "IRuntimeConfig.create_runtime_cache",
+            "IRuntimeConfig.cuda_graph_strategy",
+            "IRuntimeConfig.set_runtime_cache",
+        ),
     ),
 )
 

@@ -30,6 +30,7 @@ _FIELDS = (
     "machine",
     "cuda",
     "options",
+    "shapes",
     "plan_sha256",
     "plan_size",
 )
@@ -50,12 +51,10 @@ def check_version(api: Api, compiled: Compiled, file: Path, command: str) -> Non
             )
     if not built["plan_size"].isdecimal():
         raise InvalidModel(f"plan_size is {built['plan_size']!r}, no number of bytes", where=str(file))
-    try:
-        options = json.loads(built["options"])
-    except ValueError:
-        options = None
-    if not isinstance(options, dict):
-        raise InvalidModel(f"options are {built['options']!r}, no JSON object", where=str(file))
+    for field in ("options", "shapes"):
+        if _object(built[field]) is None:
+            raise InvalidModel(f"{field} are {built[field]!r}, no JSON object", where=str(file))
+    options = _object(built["options"]) or {}
     here = {"flavor": api.flavor.target, "version": api.version, "machine": platform.machine()}
     if not api.flavor.any_os:
         here["os"] = sys.platform
@@ -87,7 +86,7 @@ def _later(here: str, built: str) -> bool:
 
 def check_options(compiled: Compiled, options: TensorRTOptions, command: str) -> None:
     """A builder's option that is given to ``load`` has to be the one the engine was built with."""
-    built = json.loads(compiled.fingerprint["options"])
+    built = _object(compiled.fingerprint["options"]) or {}
     for name, value in build_options(options).items():
         if built.get(name) != value:
             raise InvalidInput(
@@ -150,11 +149,29 @@ def rebuild(model: Path, target: Target, options: TensorRTOptions) -> str:
 
 
 def rebuild_of(compiled: Compiled) -> str:
-    try:
-        options = json.loads(compiled.fingerprint.get("options", "{}"))
-    except ValueError:
-        options = {}
+    """The command that builds a compiled engine again, of the graph beside it."""
+    options = _object(compiled.fingerprint.get("options", "{}")) or {}
     return command_to_build(compiled.directory / (compiled.model_file or "model.onnx"), compiled.target, options)
+
+
+def declared_shapes(fingerprint: Mapping[str, str]) -> dict[str, tuple[int | str | None, ...] | None]:
+    """The shapes of inputs and outputs as the graph declares them; what is no shape is left out."""
+    shapes = (_object(fingerprint["shapes"]) or {}).items()
+    return {
+        name: None if shape is None else tuple(shape)
+        for name, shape in shapes
+        if shape is None
+        or (isinstance(shape, list) and all(one is None or isinstance(one, int | str) for one in shape))
+    }
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """A JSON object; None where it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def command_to_build(model: Path, target: Target, options: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ bound to stands in the fingerprint, and all of it is compared before TensorRT se
     cuda                        the major version of CUDA that the driver has to support
     options                     the builder's options that are not the default, as JSON
     graph_sha256                of model.onnx
+    shapes                      of inputs and outputs as the graph declares them, as JSON: engines forget names of sizes
     plan_sha256, plan_size      of the plan: a cut or changed one is refused unread
 
 Devices: ``tensorrt:1`` builds for the GPU of that number and runs there. ``tensorrt-rtx`` without a device builds for
@@ -39,6 +40,7 @@ from runtimes._tensorrt_fingerprint import (
     check_options,
     check_version,
     command_to_build,
+    declared_shapes,
     read_plan,
     rebuild,
     rebuild_of,
@@ -160,7 +162,8 @@ class TensorRT(Backend):
             timing_cache=_timing_cache(api, device) if options.timing_cache else None,
             command=rebuild(model, target, options),
         )
-        copy_model(check_model_file(model), directory)
+        checked = check_model_file(model)
+        copy_model(checked, directory)
         sha256, size = _write_plan(engine, directory / _PLAN)
         fingerprint = {
             "flavor": api.flavor.target,
@@ -170,6 +173,7 @@ class TensorRT(Backend):
             "machine": platform.machine(),
             "cuda": str(api.cuda or ""),
             "options": json.dumps(build_options(options), sort_keys=True),
+            "shapes": json.dumps(checked.shapes),
             "graph_sha256": _sha256(directory / "model.onnx"),
             "plan_sha256": sha256,
             "plan_size": str(size),
@@ -214,7 +218,8 @@ class TensorRT(Backend):
             "built_for": compiled.fingerprint["compute_capabilities"],
             "build_options": compiled.fingerprint["options"],
         }
-        return _tensorrt_session.make_session(api, plan, compiled.target, options=options, info=info)
+        shapes = declared_shapes(compiled.fingerprint)
+        return _tensorrt_session.make_session(api, plan, compiled.target, options=options, info=info, shapes=shapes)
 
     def _options(self, options: Any) -> TensorRTOptions:
         if options is None:
