@@ -37,6 +37,8 @@ _LEVELS_U8, _LEVELS_S8 = 256, 255
 #: what the search for the least error shrinks a range by: first down to a hundredth, then around the best
 _COARSE = 2.0 ** (-np.arange(27) / 4)
 _FINE = 2.0 ** (np.arange(-5, 6) / 24)
+#: where each bin begins, in bins
+_LEFT = np.arange(-HALF_BINS, HALF_BINS, dtype=np.float64)
 
 
 def tensor_range(found: Distribution, *, method: Method = "auto", percentile: float = PERCENTILE) -> TensorRange:
@@ -56,17 +58,30 @@ def tensor_range(found: Distribution, *, method: Method = "auto", percentile: fl
             return _entropy(found)
         case "mse":
             return _Errors(found).least()
+    return _auto(found, percentile)
+
+
+def _auto(found: Distribution, percentile: float) -> TensorRange:
     errors = _Errors(found)
-    candidates = [
+    simple = [
         tensor_range(found, method="minmax"),
         tensor_range(found, method="moving-average"),
         _percentile(found, percentile),
-        _entropy(found),
-        errors.least(),
     ]
+    candidates = [*simple, errors.least()]
+    good = _near_least(errors, candidates)
+    if not good[: len(simple)].any():
+        # The dearest of all: it does not better the least, so it only counts where it may come before that.
+        candidates.insert(len(simple), _entropy(found))
+        good = _near_least(errors, candidates)
+    return candidates[int(np.argmax(good))]
+
+
+def _near_least(errors: _Errors, candidates: list[TensorRange]) -> np.ndarray:
+    """Of each candidate whether its error is the least, or as good, in either quantiser."""
     lows, highs, amaxes = (np.array([getattr(c, name) for c in candidates]) for name in ("low", "high", "amax"))
     scores = np.maximum(_relative(errors.asymmetric(lows, highs)), _relative(errors.symmetric(amaxes)))
-    return candidates[int(np.argmax(scores <= max(_TOLERANCE, float(scores.min()))))]
+    return np.asarray(scores <= max(_TOLERANCE, float(scores.min())))
 
 
 def squared_error(found: Distribution, range_: TensorRange) -> tuple[float, float]:
@@ -162,17 +177,30 @@ def _entropy_threshold(counts: np.ndarray, levels: int) -> int:
 
 
 class _Errors:
-    """Squared errors of quantisers on one distribution. Inside, the unit is a bin."""
+    """Squared errors of quantisers on one distribution. Inside, the unit is a bin.
+
+    A quantiser of step u gives the level v_k = k u to what lies between the edges e_k and e_k+1, midway to its
+    neighbours. Summed by parts over the levels, its error needs one function at the edges alone::
+
+        sum of (x - v)^2  =  S2 - 2 v_last S1 + v_last^2 S0 + 2 u * (sum over k of G(e_k))
+        G(e)  =  sum over x < e of (x - e)
+
+    with S0, S1, S2 the moments of the whole. Within a bin, whose elements are spread evenly, G is a parabola.
+    """
 
     def __init__(self, found: Distribution) -> None:
         self.found = found
-        counts = found.counts
-        left = np.arange(-HALF_BINS, HALF_BINS, dtype=np.float64)
-        self._counts, self._left = counts, left
-        self._cumulated = np.zeros((3, 2 * HALF_BINS + 1))
-        np.cumsum(
-            [counts, counts * (left + 0.5), counts * (left * left + left + 1 / 3)], axis=1, out=self._cumulated[:, 1:]
-        )
+        counts, left = found.counts, _LEFT
+        below = np.zeros((2, 2 * HALF_BINS + 1))
+        np.cumsum([counts, counts * (left + 0.5)], axis=1, out=below[:, 1:])
+        self._zeroth, self._first = float(below[0, -1]), float(below[1, -1])
+        self._second = float(np.dot(counts, left * left + left + 1 / 3))
+        # One bin more at either end, for the edges that lie beyond: there G is zero, or goes on as a line.
+        pieces = np.zeros((3, 2 * HALF_BINS + 2))
+        pieces[0, 1:] = below[1] - np.arange(-HALF_BINS, HALF_BINS + 1) * below[0]
+        pieces[1, 1:] = -below[0]
+        pieces[2, 1:-1] = counts / -2
+        self._pieces = pieces
 
     def asymmetric(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Mean squared error [n] of the quantisers 0..255 that cover each low..high [n] and zero."""
@@ -231,24 +259,16 @@ class _Errors:
 
     def _of(self, step: np.ndarray, zero_point: np.ndarray, levels: int) -> np.ndarray:
         """Mean squared error [n], in the tensor's unit, of quantisers of ``levels`` from 0 to levels - 1."""
-        unit = (step / self.found.width)[:, None]
-        values = (np.arange(levels) - zero_point[:, None]) * unit
-        zeroth, first, second = self._moments(values[:, :-1] + unit / 2)
-        error = (second - 2 * values * first + values * values * zeroth).sum(axis=1)
-        total = self.found.total
-        return np.asarray(np.maximum(error, 0.0) * self.found.width**2 / total)
-
-    def _moments(self, edges: np.ndarray) -> np.ndarray:
-        """Weight, first and second moment [3, n, cells + 1] of what lies between the edges [n, cells] and beyond."""
-        inside = np.clip(edges, -HALF_BINS, HALF_BINS)
-        index = np.minimum((inside + HALF_BINS).astype(np.int64), 2 * HALF_BINS - 1)
-        left = index - float(HALF_BINS)
-        part = inside - left
-        weight = self._counts[index] * part
-        below = np.empty((3, edges.shape[0], edges.shape[1] + 2))
-        below[:, :, 0] = 0
-        below[:, :, -1] = self._cumulated[:, -1, None]
-        below[0, :, 1:-1] = self._cumulated[0][index] + weight
-        below[1, :, 1:-1] = self._cumulated[1][index] + weight * (left + part / 2)
-        below[2, :, 1:-1] = self._cumulated[2][index] + weight * (left * (left + part) + part * part / 3)
-        return np.diff(below, axis=2)
+        unit = step / self.found.width
+        edges = (np.arange(levels - 1) + 0.5 - zero_point[:, None]) * unit[:, None]
+        edges += HALF_BINS + 1  # counted from the left end of ``_pieces``
+        index = np.clip(edges, 0, 2 * HALF_BINS + 1).astype(np.intp)
+        part = edges - index
+        constant, slope, bend = (row.take(index) for row in self._pieces)
+        bend *= part
+        bend += slope
+        bend *= part
+        bend += constant
+        last = (levels - 1 - zero_point) * unit
+        error = self._second - 2 * last * self._first + last * last * self._zeroth + 2 * unit * bend.sum(axis=1)
+        return np.asarray(np.maximum(error, 0.0) * (self.found.width**2 / self.found.total))
