@@ -18,7 +18,6 @@ distribution that is even within each bin: a sum over cells of levels, computed 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Literal, get_args
 
@@ -39,6 +38,8 @@ _COARSE = 2.0 ** (-np.arange(27) / 4)
 _FINE = 2.0 ** (np.arange(-5, 6) / 24)
 #: where each bin begins, in bins
 _LEFT = np.arange(-HALF_BINS, HALF_BINS, dtype=np.float64)
+#: the same with the zeros between the halves, in a bin of no width, and the end of the last
+_STARTS = np.concatenate([np.arange(-HALF_BINS, 1.0), np.arange(0.0, HALF_BINS + 1)])
 
 
 def tensor_range(found: Distribution, *, method: Method = "auto", percentile: float = PERCENTILE) -> TensorRange:
@@ -108,24 +109,29 @@ def _range(found: Distribution, low: float, high: float, method: str, amax: floa
 
 def _percentile(found: Distribution, percentile: float) -> TensorRange:
     tail = (1 - percentile / 100) / 2
-    low, high = _quantile(found, tail), _quantile(found, 1 - tail)
-    folded = dataclasses.replace(found, counts=np.concatenate([np.zeros(HALF_BINS), _absolute(found)]))
-    amax = min(_quantile(folded, percentile / 100), max(-found.minimum, found.maximum))
-    return _range(found, max(low, found.minimum), min(high, found.maximum), "percentile", amax)
+    counts = np.insert(found.counts, HALF_BINS, found.zeros)
+    low, high = _quantiles(counts, _STARTS, (tail, 1 - tail))
+    folded = np.append(found.zeros, _absolute(found))
+    (amax,) = _quantiles(folded, _STARTS[HALF_BINS:], (percentile / 100,))
+    low, high = max(low * found.width, found.minimum), min(high * found.width, found.maximum)
+    return _range(found, low, high, "percentile", min(amax * found.width, max(-found.minimum, found.maximum)))
 
 
-def _quantile(found: Distribution, share: float) -> float:
-    """The value below which that share of the elements is, by linear interpolation within a bin."""
-    counts = np.concatenate([found.counts[:HALF_BINS], [found.zeros], found.counts[HALF_BINS:]])
-    widths = np.ones(len(counts))
-    widths[HALF_BINS] = 0
-    starts = np.concatenate([[0.0], np.cumsum(widths)])[:-1] - HALF_BINS
+def _quantiles(counts: np.ndarray, starts: np.ndarray, shares: tuple[float, ...]) -> list[float]:
+    """The values, in bins, below which those shares of the elements are, by linear interpolation within a bin.
+
+    ``starts`` is where each bin begins, and where the last ends; the zeros have a bin without width.
+    """
     ends = np.cumsum(counts)
-    target = share * ends[-1]
-    # The first bin that reaches it and holds anything: an empty one would answer with its own edge.
-    index = min(int(np.searchsorted(ends, target, side="left")), int(np.flatnonzero(counts)[-1]))
-    inside = (target - (ends[index] - counts[index])) / counts[index] if counts[index] else 0.0
-    return float((starts[index] + widths[index] * min(inside, 1.0)) * found.width)
+    last = int(np.flatnonzero(counts)[-1])
+    values = []
+    for share in shares:
+        target = share * ends[-1]
+        # The first bin that reaches it and holds anything: an empty one would answer with its own edge.
+        index = min(int(np.searchsorted(ends, target, side="left")), last)
+        inside = (target - (ends[index] - counts[index])) / counts[index] if counts[index] else 0.0
+        values.append(float(starts[index] + (starts[index + 1] - starts[index]) * min(inside, 1.0)))
+    return values
 
 
 def _absolute(found: Distribution) -> np.ndarray:
@@ -201,6 +207,7 @@ class _Errors:
         pieces[1, 1:] = -below[0]
         pieces[2, 1:-1] = counts / -2
         self._pieces = pieces
+        self._scale = found.width**2 / found.total
 
     def asymmetric(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Mean squared error [n] of the quantisers 0..255 that cover each low..high [n] and zero."""
@@ -271,4 +278,4 @@ class _Errors:
         bend += constant
         last = (levels - 1 - zero_point) * unit
         error = self._second - 2 * last * self._first + last * last * self._zeroth + 2 * unit * bend.sum(axis=1)
-        return np.asarray(np.maximum(error, 0.0) * (self.found.width**2 / self.found.total))
+        return np.asarray(np.maximum(error, 0.0) * self._scale)
