@@ -65,6 +65,8 @@ _BACKENDS = {
     "reference": "runtimes.reference:BACKEND",
 }
 _ENTRY_POINTS = "runtimes.backends"
+#: What the probes of this process have said.
+_states: dict[str, Availability] = {}
 
 
 def backend(name: str) -> Backend:
@@ -93,15 +95,24 @@ def backend(name: str) -> Backend:
     return found
 
 
-def available() -> dict[str, Availability]:
-    """Says of every backend whether it works here and, where not, why and which command mends it."""
-    states: dict[str, Availability] = {}
-    for name in (*_BACKENDS, *(name for name in _entry_points() if name not in _BACKENDS)):
-        try:
-            states[name] = backend(name).probe()
-        except Error as error:
-            states[name] = Availability(False, reason=error.what, remedy=error.hint)
-    return states
+def available(*, refresh: bool = False) -> dict[str, Availability]:
+    """Says of every backend whether it works here and, where not, why and which command mends it.
+
+    Each is asked in a process of its own, so that a runtime that crashes is told and not suffered. That takes some
+    tenths of a second, and this process remembers the answers.
+
+    Args:
+        refresh: ask again, after something was installed or a device was plugged in.
+    """
+    from runtimes import _probe  # subprocess and json, which a load does not need
+
+    names = (*_BACKENDS, *(name for name in _entry_points() if name not in _BACKENDS))
+    if refresh:
+        _states.clear()
+    here = [name for name in names if name in _BACKENDS and _probe.absent(backend(name))]
+    asked = [name for name in names if name not in _states and name not in here]
+    _states.update(_probe.probe_apart(asked))
+    return {name: backend(name).probe() if name in here else _states[name] for name in names}
 
 
 def compile(

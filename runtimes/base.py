@@ -258,6 +258,8 @@ class Backend(abc.ABC):
     device_class: ClassVar[str]
     #: a frozen dataclass: the typed session options
     options_type: ClassVar[type]
+    #: the runtime's own packages, any of which will do; where none is installed, asking is safe in any process
+    packages: ClassVar[tuple[str, ...]] = ()
     #: the option that sets the number of threads; None where there is none
     threads_option: ClassVar[str | None] = None
 

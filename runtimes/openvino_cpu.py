@@ -110,6 +110,7 @@ class OpenVinoCpu(Backend):
     execution_provider: ClassVar[str | None] = None
     device_class: ClassVar[str] = "cpu"
     options_type: ClassVar[type] = OpenVinoOptions
+    packages: ClassVar[tuple[str, ...]] = ("openvino",)
 
     def probe(self) -> Availability:
         if importlib.util.find_spec("openvino") is None:

@@ -77,6 +77,7 @@ class OrtCpu(Backend):
     execution_provider: ClassVar[str | None] = "CPUExecutionProvider"
     device_class: ClassVar[str] = "cpu"
     options_type: ClassVar[type] = OrtCpuOptions
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime",)
     threads_option: ClassVar[str | None] = "intra_op_threads"
 
     def probe(self) -> Availability:

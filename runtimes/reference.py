@@ -48,6 +48,7 @@ class Reference(Backend):
     execution_provider: ClassVar[str | None] = None
     device_class: ClassVar[str] = "cpu"
     options_type: ClassVar[type] = ReferenceOptions
+    packages: ClassVar[tuple[str, ...]] = ("onnx",)
 
     def probe(self) -> Availability:
         if importlib.util.find_spec("onnx") is None:

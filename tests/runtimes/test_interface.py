@@ -70,7 +70,7 @@ print(sorted(name for name in sys.modules if name.split(".")[0] in ("toolchain",
 
 def test_every_backend_is_listed_and_probed() -> None:
     states = runtimes.available()
-    assert list(states)[:2] == ["ort-cpu", "reference"]
+    assert {"ort-cpu", "openvino-cpu", "reference"} <= set(states)
     for name, state in states.items():
         assert state.available or (state.reason and "\n" not in state.reason), name
         assert not state.available or state.version
@@ -83,8 +83,9 @@ sys.modules["onnxruntime"] = None
 import runtimes, importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name: None if name in ("onnxruntime", "onnx") else find(name)
-for name, state in runtimes.available().items():
-    print(name, state.available, state.reason, "|", state.remedy)
+states = runtimes.available()
+for name in ("ort-cpu", "reference"):
+    print(name, states[name].available, states[name].reason, "|", states[name].remedy)
 try:
     runtimes.load(sys.argv[0] or "x.onnx")
 except runtimes.TargetUnavailable as error:
@@ -117,7 +118,9 @@ def test_a_broken_onnxruntime_is_told(tmp_path: Path) -> None:
     [
         ("ort_cpu", "did you mean ort-cpu"),
         ("referense", "did you mean reference"),
-        ("zzz", "known: ort-cpu, reference"),
+        ("zzz", "known: .*ort-cpu.*, reference"),
+        ("openvino", "did you mean openvino-cpu"),
+        ("ort-cpu-2", "did you mean ort-cpu"),
     ],
 )
 def test_unknown_backends(name: str, said: str) -> None:
@@ -141,11 +144,10 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(runtimes, "_entry_points", lambda: theirs)
     assert runtimes.backend("theirs") is ours
     assert runtimes.backend("reference") is ours
-    states = runtimes.available()
-    assert list(states) == ["ort-cpu", "reference", "theirs", "broken", "other"]
-    assert states["theirs"].available
-    assert states["broken"].reason == "the backend 'broken' does not import: their code"
-    assert "no runtimes.Backend" in (states["other"].reason or "")
+    with pytest.raises(runtimes.TargetUnavailable, match="'broken' does not import: their code"):
+        runtimes.backend("broken")
+    with pytest.raises(runtimes.TargetUnavailable, match=r"no runtimes\.Backend"):
+        runtimes.backend("other")
     session = runtimes.load(save_model(tmp_path / "m.onnx", RELU), target="theirs")
     assert session.target == runtimes.Target("theirs")
 
