@@ -106,7 +106,7 @@ def _build(
     monitor: Any,
 ) -> Engine:
     checked = check_model_file(model)
-    if foreign := foreign_types(api, checked):
+    if foreign := foreign_types(checked):
         raise not_supported(api, model, foreign)
     logger = api.logger()
     builder = api.trt.Builder(logger)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes._tensorrt_api import Api
-from runtimes.base import CompileFailed, InvalidModel
+from runtimes.base import CompileFailed
 from runtimes.model_file import ModelFile, check_model_file
 
 #: ONNX's number of an element type -> TensorRT's name of it, for what goes in and out of an engine.
@@ -40,6 +40,7 @@ _OTHER_TYPES = {
     15: "complex128",
 }
 #: "While parsing node number 1 [FooBar -> "y"]:", the only place that has an output where a node has no name
+_MEANING = re.compile(r'&& "([^"]+)"\.?$|^[^"]*[()&=<>!][^" ]*: ([A-Z].*)$')
 _PARSING = re.compile(r'While parsing node number (\d+) \[(\S+) -> "([^"]*)"')
 
 
@@ -70,15 +71,15 @@ class NetworkReport:
     Attributes:
         target: the runtime that was asked.
         version: of it.
-        nodes: how many nodes the graph has at its top level.
-        supported: how many of them TensorRT takes.
-        parts: into how many pieces the rest would cut the graph; 1 where all of it is supported.
-        unsupported: the others, and why.
+        accepted: whether it takes all of the graph.
+        supported: how many nodes at the top level it takes.
+        parts: into how many pieces the others cut those.
+        unsupported: the others, inside functions and branches too, and why.
     """
 
     target: str
     version: str
-    nodes: int
+    accepted: bool
     supported: int
     parts: int
     unsupported: tuple[Unsupported, ...]
@@ -88,27 +89,24 @@ def inspect_graph(api: Api, model: Path) -> NetworkReport:
     """Asks TensorRT which nodes of a graph it takes, without building anything or needing a GPU.
 
     Raises:
-        InvalidModel: the file is no ONNX model, or TensorRT cannot parse it.
+        InvalidModel: the file is no ONNX model.
     """
-    checked = check_model_file(model)
-    foreign = foreign_types(api, checked)
-    if foreign:
+    flavor = api.flavor
+    if foreign := foreign_types(check_model_file(model)):
         # the parser gives up at the first of these and says nothing of the nodes
-        return NetworkReport(api.flavor.target, api.version, 0, 0, 0, foreign)
+        return NetworkReport(flavor.target, api.version, False, 0, 0, foreign)
     logger = api.logger()
     builder = api.trt.Builder(logger)
     network = builder.create_network(api.network_flags())
     parser = api.trt.OnnxParser(network, logger)
-    parser.supports_model_v2(model.read_bytes(), str(model))
-    sizes = [len(parser.get_subgraph_nodes(i)) for i in range(parser.num_subgraphs)]
-    taken = [size for i, size in enumerate(sizes) if parser.is_subgraph_supported(i)]
-    unsupported = parser_errors(api, parser, logger)
-    if not sizes and unsupported and not unsupported[0].op:
-        raise InvalidModel(f"{api.flavor.title} cannot parse it: {unsupported[0].reason}", where=str(model))
-    return NetworkReport(api.flavor.target, api.version, sum(sizes), sum(taken), len(sizes), unsupported)
+    accepted = parser.supports_model_v2(model.read_bytes(), str(model))
+    # each holds nodes that are supported; they are marked as such only where all of the graph is
+    parts = [len(parser.get_subgraph_nodes(i)) for i in range(parser.num_subgraphs)]
+    unsupported = () if accepted else parser_errors(api, parser, logger)
+    return NetworkReport(flavor.target, api.version, accepted, sum(parts), len(parts), unsupported)
 
 
-def foreign_types(api: Api, checked: ModelFile) -> tuple[Unsupported, ...]:
+def foreign_types(checked: ModelFile) -> tuple[Unsupported, ...]:
     """Inputs and outputs of a type that no engine takes or gives."""
     return tuple(
         Unsupported(
@@ -139,22 +137,27 @@ def check_types(api: Api, network: Any, checked: ModelFile, model: Path) -> None
         raise not_supported(api, model, changed)
 
 
-#: Operators that only the CPU kernels of ONNX Runtime have, or that stand for integers without Q/DQ.
-_INTEGER_OPS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
+#: Operators of ONNX Runtime's own optimiser and CPU kernels, and ONNX's integer operators without Q/DQ.
+_OF_ORT = frozenset(
+    (
+        *("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "QLinearAdd"),
+        *("QLinearMul", "QGemm", "QLinearConcat", "QLinearGlobalAveragePool", "QLinearSigmoid", "QAttention"),
+        *("FusedConv", "FusedMatMul", "FusedGemm", "NhwcFusedConv", "SkipLayerNormalization", "BiasGelu"),
+        *("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "EmbedLayerNormalization", "ReorderInput", "ReorderOutput"),
+    )
+)
 
 
-def _advice(op: str, domain_of_ort: bool, reason: str) -> str | None:
-    """What in the toolchain would avoid it."""
-    if "shiftIsAllZeros" in reason or "zero_point" in reason or "zero point" in reason:
-        return "TensorRT's INT8 is symmetric: quantise the float model with this target, so that zero-points are 0"
-    if op in _INTEGER_OPS or domain_of_ort:
-        return (
-            f"{op} is an operator of ONNX Runtime's CPU kernels: build from the float model, which is "
-            f"quantised and optimised for this target then"
-        )
-    if "nitializer" in reason or "constant" in reason.lower() or "weights" in reason.lower():
+def _advice(op: str, said: str) -> str | None:
+    """What in the toolchain would avoid it, from the operator and the parser's own words."""
+    words = said.lower()
+    if "shiftisallzeros" in words or "zero point" in words:
+        return "TensorRT's INT8 is symmetric: quantise the float model for this target, so that zero-points are 0"
+    if op in _OF_ORT:
+        return "it is for ONNX Runtime's CPU kernels: build from the float model, which is lowered for this target then"
+    if "initializer" in words or "constant" in words or "weights" in words:
         return "the pass fold_constants computes what does not depend on inputs: build with the default passes"
-    if "plugin" in reason.lower() or reason.endswith(f"has no {op}"):
+    if "plugin" in words or said in ("false", ""):
         return "export the model without this op, or leave the part with it out; ort-cuda and ort-cpu may run it"
     return None
 
@@ -169,28 +172,18 @@ def parser_errors(api: Api, parser: Any, logger: Any) -> tuple[Unsupported, ...]
         error = parser.get_error(index)
         op = error.node_operator()
         label = error.node_name()
-        if not label and op:
-            label = f"{op} -> {outputs.get((error.node(), op), f'node {error.node()}')}"
-        reason = _reason(api, op, " ".join(error.desc().split()))
+        said = " ".join(error.desc().split())
         stack = [name for name in error.local_function_stack() if name]
         if stack:
-            reason += f", in function {' / '.join(stack)}"
-        one = Unsupported(label or "the graph", op, reason, _advice(op, op in _CONTRIB, reason))
+            label = f"{label or op} in {' / '.join(stack)}"
+        elif not label and op:
+            label = f"{op} -> {outputs.get((error.node(), op), f'node {error.node()}')}"
+        one = Unsupported(label or "the graph", op, _reason(api, op, said), _advice(op, said))
         if one not in found:
             found.append(one)
     if not found:
         found.append(Unsupported("the graph", "", last_error(logger)))
     return tuple(found)
-
-
-#: Operators of the domain com.microsoft that ONNX Runtime's own optimiser writes.
-_CONTRIB = frozenset(
-    (
-        *("FusedConv", "FusedMatMul", "FusedGemm", "SkipLayerNormalization", "BiasGelu", "QLinearAdd", "QLinearMul"),
-        *("NhwcFusedConv", "QGemm", "QLinearConcat", "QLinearGlobalAveragePool", "QLinearSigmoid", "QAttention"),
-        *("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "EmbedLayerNormalization", "ReorderInput", "ReorderOutput"),
-    )
-)
 
 
 def _reason(api: Api, op: str, text: str) -> str:
@@ -199,9 +192,10 @@ def _reason(api: Api, op: str, text: str) -> str:
         return f"{api.flavor.title} {api.version} has no {op}"
     if "Plugin not found" in text:
         return f"{api.flavor.title} {api.version} has no {op}, and there is no plugin of that name"
-    # 'Assertion failed: (condition) && "what it means"': the second half is for people
-    match = re.search(r'&& "([^"]+)"\.?$', text)
-    return match[1] if match else text.removeprefix("Assertion failed: ")
+    # 'Assertion failed: (condition) && "what it means"', or 'condition: What it means': the second half is for people
+    if match := _MEANING.search(text):
+        return match[1] or match[2]
+    return text.removeprefix("Assertion failed: ")
 
 
 def not_supported(api: Api, model: Path, found: Sequence[Unsupported]) -> CompileFailed:

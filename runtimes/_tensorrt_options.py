@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from runtimes.base import InvalidInput
 
@@ -194,7 +194,7 @@ def _shapes(
         if size != -1:
             columns.append((size, size, size))
         elif dim and dim in profile:
-            columns.append(profile[dim])
+            columns.append(cast(tuple[int, int, int], profile[dim]))  # a shape stands under an input's name
         else:
             label = f"size {dim!r}" if dim else f"axis {axis} of {one.name!r}"
             columns.append(assumed.setdefault(label, DEFAULT_SIZE if axis else DEFAULT_BATCH))

@@ -86,7 +86,7 @@ def inspect_network(model: Path, target: Target) -> NetworkReport:
     Raises:
         TargetUnavailable: that TensorRT is not installed.
         InvalidInput: the target is another runtime.
-        InvalidModel: the file is no ONNX model, or TensorRT cannot parse it.
+        InvalidModel: the file is no ONNX model.
     """
     names = (BACKEND.name, RTX.name)
     if target.runtime not in names:

@@ -43,10 +43,16 @@ def init(
 @looking.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="an artifact's folder, or an .onnx file", show_default=False)],
+    target: Annotated[
+        str | None, typer.Option(help="tensorrt or tensorrt-rtx: says which nodes of an .onnx file it takes")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Shows what a model takes and gives, or what an artifact holds."""
-    found = _inspect_artifact(path) if path.is_dir() else _inspect_model(path)
+    if target is not None:
+        found = _inspect_network(path, runtimes.Target.parse(target))
+    else:
+        found = _inspect_artifact(path) if path.is_dir() else _inspect_model(path)
     if json:
         console.print_json(found)
         return
@@ -83,6 +89,28 @@ def _inspect_model(path: Path) -> dict[str, Any]:
         "weights": megabytes(sum(w.nbytes for w in weights)),
         "nodes": sum(ops.values()),
         "ops": dict(ops.most_common()),
+    }
+
+
+def _inspect_network(path: Path, target: runtimes.Target) -> dict[str, Any]:
+    from runtimes.tensorrt_engine import inspect_network
+
+    if path.is_dir():
+        raise runtimes.InvalidInput(
+            "nodes are looked at in an .onnx file", where=str(path), hint=f"{path}/VARIANT/model.onnx is one"
+        )
+    from toolchain.onnx_file import read_onnx
+
+    nodes = len(read_onnx(path).graph)
+    report = inspect_network(path, target)
+    return {
+        "model": path.name,
+        "target": f"{target}, {report.version}",
+        "accepted": "yes" if report.accepted else "no",
+        "nodes": f"{report.supported} of {nodes} are supported"
+        + (f", in {report.parts} parts" if report.parts > 1 else ""),
+        "not supported": [str(one) for one in report.unsupported],
+        "what helps": list(dict.fromkeys(one.advice for one in report.unsupported if one.advice)),
     }
 
 
