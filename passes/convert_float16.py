@@ -15,6 +15,10 @@ declined with the number. Numbers at the end of float32's range, which masks use
 of the 16-bit range. Nodes with subgraphs, and functions, stay float32. A value keeps its name in 16 bits; its float32
 form is new. Inputs and outputs stay float32 unless asked otherwise.
 
+A quantised graph becomes INT8 with the rest in 16 bits: from opset 19 on, QuantizeLinear and DequantizeLinear have a
+16-bit scale and 16-bit floats, with no cast between them and the layer, so that a runtime still finds the pattern.
+The scale of a channel of weights that 16 bits do not hold is made one that they do, and its integers with it.
+
 What overflows on real samples, ``toolchain/float16.py`` finds. Measured on MiniLM-L6-v2: nothing does, the embeddings
 keep a cosine similarity of 1.0000000 in float16, and the file is half as large.
 """
@@ -29,7 +33,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from passes._graph import Names, Scope, constant, default_opset, new_constant
+from passes._graph import Names, Scope, array, attribute_int, constant, default_opset, given, is_op, new_constant
 from passes._linear import drop_unused
 from passes._shapes import infer_shapes
 from passes.base import Declined, InvalidOption, Outcome, Pass, PassFailed, in_standard_domain, label
@@ -53,10 +57,14 @@ KEEP_OPS = (
 #: Their type is not that of what they compute with: it is what they are there for, or an attribute says it.
 _TYPE_MAKERS = frozenset(
     """
-    Bernoulli CastLike Constant ConstantOfShape DequantizeLinear DynamicQuantizeLinear EyeLike Multinomial
-    QuantizeLinear RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range SequenceEmpty
+    Bernoulli CastLike Constant ConstantOfShape DynamicQuantizeLinear EyeLike Multinomial RandomNormal RandomNormalLike
+    RandomUniform RandomUniformLike Range SequenceEmpty
     """.split()
 )
+#: The least scale of weights, with 5 bits of precision left in float16: what is lost below is 5e-7 of a weight.
+_LEAST_SCALE = 2.0**-20
+#: By how much rounding may change a scale of weights before its integers are made anew.
+_SCALE_CHANGE = 2.0**-9
 #: beyond this a number is meant as infinity
 ENDLESS = 1e30
 
@@ -118,6 +126,9 @@ class _Conversion:
         outputs = [value for value in self.graph.outputs if _is_float32(value)]
         self.narrow.update(before)
         nodes = list(self.graph)
+        rescaled = sum(
+            self._rescale(node) for node in nodes if is_op(node, "DequantizeLinear") and self._converts(node)
+        )
         chosen = {node: found for node in nodes if (found := self._sites(node)) is not None}
         for node in reversed(nodes):
             # Integers become 16-bit floats at once only where nobody wants them in float32.
@@ -144,7 +155,42 @@ class _Conversion:
             self._output(value)
         for value in self.tensors:
             drop_unused(value)
-        return len(chosen) + len(before)
+        return len(chosen) + len(before) + rescaled
+
+    def _kept(self, node: ir.Node) -> bool:
+        return node.op_type in self.options.keep_ops or label(node) in self.options.keep
+
+    def _converts(self, node: ir.Node) -> bool:
+        """Whether the node gives 16-bit floats in this opset, and may."""
+        return bool((self._allowed(node) or ((), ()))[1]) and not self._kept(node)
+
+    def _rescale(self, node: ir.Node) -> bool:
+        """Makes the scales of integer weights ones that 16 bits hold, where they are not. Returns whether it did."""
+        integers, scale = (array(given(node, index)) for index in (0, 1))
+        zero_point = array(given(node, 2))
+        axis = attribute_int(node, "axis", 1)
+        if integers is None or scale is None or axis is None or scale.ndim > 1 or scale.dtype != np.float32:
+            return False
+        if zero_point is not None and zero_point.any():
+            return False
+        with np.errstate(over="ignore"):
+            low = np.maximum(scale, _LEAST_SCALE).astype(self.type.numpy()).astype(np.float32)
+        change = np.where(
+            np.abs(low / np.maximum(scale, np.finfo(np.float32).tiny) - 1) > _SCALE_CHANGE, scale / low, 1
+        )
+        if not np.isfinite(low).all() or (change == 1).all():
+            return False
+        if scale.ndim:
+            change = change.reshape([-1 if i == axis % integers.ndim else 1 for i in range(integers.ndim)])
+        limits = np.iinfo(integers.dtype)
+        made = np.clip(np.rint(integers * change.astype(np.float64)), -limits.max, limits.max).astype(integers.dtype)
+        replaced = node.inputs[:2]
+        for index, data in ((0, made), (1, np.where(np.reshape(change, scale.shape) != 1, low, scale))):
+            name = self.names.fresh(f"{node.outputs[0].name}_{'scale' if index else 'integers'}")
+            node.replace_input_with(index, new_constant(self.scope, data, name, before=node))
+        for old in replaced:
+            drop_unused(old)
+        return True
 
     def _sites(self, node: ir.Node) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """The inputs and outputs of a node that become 16 bits wide, as indices; None for a node that stays."""
@@ -152,8 +198,7 @@ class _Conversion:
         if found is None:
             return None
         inputs, outputs = found
-        kept = node.op_type in self.options.keep_ops or label(node) in self.options.keep
-        if kept or not (inputs or outputs):
+        if self._kept(node) or not (inputs or outputs):
             return None
         if not outputs and node.inputs[inputs[0]] not in self.narrow:
             return None  # Shape, Greater and their like take what is there
@@ -183,6 +228,8 @@ class _Conversion:
         free = {c.type_param_str for c in schema.type_constraints if wanted in c.allowed_type_strs}
         given = [_formal(schema.inputs, index) for index in range(len(node.inputs))]
         made = [_formal(schema.outputs, index) for index in range(len(node.outputs))]
+        if is_op(node, "DequantizeLinear") and "output_dtype" not in node.attributes:
+            made = given[1:2]  # without the attribute it gives the type of its scale, which no constraint says
         inputs = [
             i for i, (v, kind) in enumerate(zip(node.inputs, given, strict=True)) if _is_float32(v) and kind in free
         ]

@@ -122,7 +122,7 @@ def test_casts_of_integers() -> None:
 
 
 def test_types_of_their_own() -> None:
-    """The mean of LayerNormalization, scales of Resize and of Q/DQ stay float32."""
+    """The mean of LayerNormalization and the scales of Resize stay float32."""
     text = """agraph (float[1, 3, 4, 4] x, float[4] scales, float s, uint8 z, float[3, 8, 8] scale)
         => (float[1, 3, 8, 8] y, float[1, 1, 1, 1] m) {
         r = Resize (x, , scales)  q = QuantizeLinear (r, s, z)  d = DequantizeLinear (q, s, z)
@@ -134,13 +134,54 @@ def test_types_of_their_own() -> None:
         z=np.array(128, np.uint8),
         scale=np.ones((3, 8, 8), np.float32),
     )
-    model, _ = convert(proto, 3)
+    model, _ = convert(proto, 5)
     types = kinds(model)
-    assert types["r"] == types["n"] == "FLOAT16"
-    assert types["m"] == types["d"] == "FLOAT"
+    assert types["r"] == types["n"] == types["d"] == "FLOAT16"
+    assert types["m"] == "FLOAT"
     resize = next(node for node in model.graph if node.op_type == "Resize")
     assert resize.inputs[2] is not None
     assert resize.inputs[2].dtype == ir.DataType.FLOAT
+
+
+QDQ = """agraph (float[N, 8] x, int8[8, 6] w, float[6] scale, int8[6] zero, float s, int8 z) => (float[N, 6] y) {
+    r = Relu (x)  q = QuantizeLinear (r, s, z)  d = DequantizeLinear (q, s, z)
+    v = DequantizeLinear <axis = 1> (w, scale, zero)  y = MatMul (d, v) }"""
+
+
+def quantised(scale: np.ndarray, *, opset: int = 21) -> onnx.ModelProto:
+    integers = np.resize(np.arange(-127, 128, 5, dtype=np.int8), (8, 6))
+    zeros = {"zero": np.zeros(6, np.int8), "z": np.array(0, np.int8)}
+    step = np.array(0.02, np.float32)
+    return parse(QDQ, opset=opset, w=integers, scale=scale.astype(np.float32), s=step, **zeros)
+
+
+@pytest.mark.parametrize("opset", [19, 21, 23])
+def test_quantised_layers_compute_in_16_bits_with_no_cast_before_them(opset: int) -> None:
+    proto = quantised(np.linspace(0.01, 0.03, 6), opset=opset)
+    model, _ = convert(proto, 5)
+    assert ops(model) == ["Cast", "Relu", "QuantizeLinear", "DequantizeLinear", "DequantizeLinear", "MatMul", "Cast"]
+    assert {kinds(model)[name] for name in ("d", "v")} == {"FLOAT16"}
+    feeds = random_feeds(proto, 0)
+    assert_close(run_ort(proto, feeds), run_ort(ir.to_proto(model), feeds), 1e-4)  # an input rounds to another step
+
+
+def test_scales_that_vanish_in_16_bits_are_made_larger_and_their_integers_smaller() -> None:
+    proto = quantised(np.array([0.01, 1e-9, 1.3e-7, 2e-6, 0.02, 0.03]))
+    model, _ = convert(proto, 6)
+    (weight,) = (node for node in model.graph if node.outputs[0].name == "v")
+    integers, scale = (value.const_value.numpy() for value in weight.inputs[:2])  # type: ignore[union-attr]
+    assert scale.dtype == np.float16
+    assert (scale > 0).all()
+    old = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    exact = old["w"].astype(np.float64) * old["scale"]
+    np.testing.assert_allclose(integers * scale.astype(np.float64), exact, rtol=2**-10, atol=1.01e-6)  # half a step of the scale
+    np.testing.assert_array_equal(integers[:, [0, 4, 5]], old["w"][:, [0, 4, 5]])
+
+
+def test_q_dq_of_old_opsets_keep_float32_scales() -> None:
+    model, _ = convert(quantised(np.array([1e-9, *[0.01] * 5]), opset=13), 2)
+    assert ops(model).count("Cast") == 5
+    assert all(node.inputs[1].dtype == ir.DataType.FLOAT for node in model.graph if "Quantize" in node.op_type)
 
 
 def test_subgraphs_read_float32() -> None:
