@@ -15,7 +15,7 @@ import onnx_ir as ir
 from passes._graph import Names, Scope, attribute_int, constant, given, is_op, new_constant, remove, set_inputs
 from passes._linear import drop_unused
 from passes._quant_plan import Decline
-from passes._quant_weights import QuantizedWeight, quantize_array
+from passes._quant_weights import QuantizedWeight, quantize_weight
 from passes.base import label
 
 
@@ -169,5 +169,5 @@ def look_up_integers(node: ir.Node, stored: Stored, names: Names) -> None:
 
 def quantize_table(tensor: ir.TensorProtocol, *, method: str) -> QuantizedWeight:
     """Quantises a table of embeddings; its scales are [rows, 1]."""
-    made = quantize_array(tensor.numpy(), 0, method=method)
+    made = quantize_weight(tensor, 0, method=method)
     return QuantizedWeight(made.values, made.scale[:, None], 0)

@@ -18,6 +18,9 @@ scale for the whole weight (``weight_bias_quantization.cc``); and an Add or a Ma
 a MaxPool of integers, whoever put them there. What was left out would be left in, so a Max of one input, which is
 its input, goes before it: the one identity that no optimisation takes out.
 
+The fused SkipLayerNormalization is slow, so the additions before a LayerNormalization are kept from it
+(``shield_layer_norm.py``).
+
 OpenVINO reads the same graph, and runs it faster than one with Q/DQ on inputs alone: CPU time of one thread
 0.55, 0.46 and 0.30 of float32 on ResNet-20, EfficientNet-Lite0 and ResNet-50, against 0.58, 0.48 and 0.30
 (OpenVINO 2026.4, medians of interleaved runs).
@@ -60,6 +63,7 @@ from passes._quant_plan import (
     zero_pad,
 )
 from passes.base import Declined, label
+from passes.shield_layer_norm import shield_layer_norms
 
 #: have a kernel on integers of their own scales
 _ARITHMETIC = ("Add", "Mul", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "Concat")
@@ -88,14 +92,19 @@ _CONSTANT_ERROR = 1e-4
 _CLIP_SHARE = 0.4
 
 
-def prepare(model: ir.Model, names: Names) -> dict[str, str]:
+def prepare(model: ir.Model, names: Names, *, shield: bool) -> dict[str, str]:
     """Writes means over all of an image as GlobalAveragePool, of which there is an integer kernel.
+
+    Args:
+        shield: the runtime is ONNX Runtime, see ``shield_layer_norm.py``.
 
     Returns:
         For each value that is new the name of the one with the same elements; empty if nothing was changed
         but the names of ops.
     """
     same: dict[str, str] = {}
+    if shield:
+        shield_layer_norms(model.graph)
     for node in list(model.graph):
         kept = attribute_int(node, "keepdims", 1) if is_op(node, "ReduceMean") else None
         if kept is None or not _over_images(node):
@@ -136,7 +145,7 @@ def plan(graph: ir.Graph, range_of: RangeOf, exclude: frozenset[str], *, kernels
         shield: the runtime would quantise float layers itself, see ``Plan``.
     """
     kept = frozenset(node for node in graph if label(node) in exclude)
-    made = Plan(integer_bias=True, shield=shield, kept=kept)
+    made = Plan(integer_bias=True, gather_integers=True, shield=shield, kept=kept)
     _Planner(graph, range_of, exclude, kernels, made).run()
     return made
 

@@ -116,6 +116,8 @@ class Plan:
 
     Attributes:
         layers: get integer weights.
+        tables: Gathers from a table of embeddings, which becomes integers.
+        gather_integers: the rows are looked up as integers and scaled then, not dequantised as a table.
         integer_bias: the bias becomes int32 at the scale of the product.
         shield: float layers between Q/DQ, and ``kept``, are kept from a runtime that would quantise them itself.
         kept: nodes that were asked to stay in float.
@@ -129,6 +131,8 @@ class Plan:
     """
 
     layers: dict[ir.Node, Layer] = dataclasses.field(default_factory=dict)
+    tables: list[ir.Node] = dataclasses.field(default_factory=list)
+    gather_integers: bool = False
     integer_bias: bool = False
     shield: bool = False
     kept: frozenset[ir.Node] = frozenset()

@@ -16,6 +16,10 @@ openvino   uint8, asymmetric   inputs and output, ConvTranspose too         int3
 tensorrt   int8, symmetric     inputs, of an Add one (``_quant_inputs.py``) float32
 ========== =================== ============================================ ======================
 
+The table of embeddings that a Gather reads becomes int8 with a scale for each row. On ONNX Runtime and OpenVINO the
+rows that were looked up are scaled; TensorRT allows integer constants before a DequantizeLinear alone, so there the
+table as a whole is dequantised in the graph, and in TensorRT-RTX's kernel only the rows that are read.
+
 A graph in one dialect does not run well on the runtime of another, or not at all: so it is quantised last, from
 one calibration, once for each target. On x86 without VNNI the 16-bit sums of uint8 times int8 saturate; ONNX
 Runtime avoids that if the session option ``session.x64quantprecision`` is 1.
@@ -35,9 +39,10 @@ import onnx_ir as ir
 
 from passes import _quant_inputs, _quant_outputs
 from passes._graph import Names, Scope, default_opset, scopes
+from passes._integer_weights import embedding_weight, require_opset
 from passes._qdq import carry_out
 from passes._quant import Affine, Calibration, TensorRange, affine_s8, affine_u8, symmetric_s8
-from passes._quant_plan import LAYERS, Plan
+from passes._quant_plan import LAYERS, Decline, Plan
 from passes._shapes import infer_shapes
 from passes.base import Declined, InvalidOption, Outcome, Pass, PassFailed, label
 
@@ -52,6 +57,8 @@ _QUANTISED = (
 )
 
 
+#: tables of embeddings with fewer elements stay in float
+_SMALLEST_TABLE = 1 << 14
 #: for each dialect the integers that activations may have, its own first
 DIALECTS = {"ort-cpu": ("uint8", "int8"), "tensorrt": ("int8",), "openvino": ("uint8", "int8")}
 
@@ -106,7 +113,7 @@ class QuantizeInt8(Pass):
         ranges = self.calibration.ranges
         plan = _plan(model, names, self.dialect, lambda name: ranges.get(name), self.exclude)
         changed |= [node.op_type for node in model.graph] != ops
-        if plan.layers:
+        if plan.layers or plan.tables:
             carry_out(
                 Scope(model.graph, default_opset(model.opset_imports), False),
                 plan,
@@ -116,7 +123,7 @@ class QuantizeInt8(Pass):
                 per_channel=self.granularity == "channel",
                 weights=self.weights,
             )
-        fired = len(plan.layers) + len(plan.others)
+        fired = len(plan.layers) + len(plan.tables) + len(plan.others)
         return Outcome(model, changed or fired > 0, fired=fired, declined=(*plan.declined, *_inner(model)))
 
     def _type(self) -> str:
@@ -152,7 +159,7 @@ def quantizable(model: ir.Model, dialect: str) -> tuple[str, ...]:
     copy = model.clone()
     fill_in_types(copy)
     plan = _plan(copy, Names(copy), dialect, lambda name: _ANY, ())
-    chosen = {*plan.layers, *plan.others}
+    chosen = {*plan.layers, *plan.tables, *plan.others}
     return tuple(label(node) for node in copy.graph if node in chosen)
 
 
@@ -177,15 +184,44 @@ def _plan(
     exclude: tuple[str, ...],
 ) -> Plan:
     if dialect == "tensorrt":
-        return _quant_inputs.plan(model.graph, lambda value: range_named(str(value.name)), frozenset(exclude))
-    same = _quant_outputs.prepare(model, names)
+        made = _quant_inputs.plan(model.graph, lambda value: range_named(str(value.name)), frozenset(exclude))
+    else:
+        made = _plan_outputs(model, names, dialect, range_named, exclude)
+    _add_tables(made, Scope(model.graph, default_opset(model.opset_imports), False), exclude)
+    return made
+
+
+def _plan_outputs(
+    model: ir.Model,
+    names: Names,
+    dialect: str,
+    range_named: Callable[[str], TensorRange | None],
+    exclude: tuple[str, ...],
+) -> Plan:
+    shield = dialect == "ort-cpu"
+    same = _quant_outputs.prepare(model, names, shield=shield)
     return _quant_outputs.plan(
         model.graph,
         lambda value: range_named(same.get(str(value.name), str(value.name))),
         frozenset(exclude),
         kernels=frozenset(LAYERS) - (frozenset({"ConvTranspose"}) if dialect == "ort-cpu" else frozenset()),
-        shield=dialect == "ort-cpu",
+        shield=shield,
     )
+
+
+def _add_tables(plan: Plan, scope: Scope, exclude: tuple[str, ...]) -> None:
+    """Adds the look-ups of embeddings to a plan: they need no calibration, and the dialects differ in form alone."""
+    for node in scope.graph:
+        try:
+            if embedding_weight(node, _SMALLEST_TABLE) is None:
+                continue
+            if label(node) in exclude:
+                raise Decline("excluded")
+            if not plan.gather_integers:
+                require_opset(scope, 13, "DequantizeLinear by row")
+            plan.tables.append(node)
+        except Decline as reason:
+            plan.declined.append(Declined(label(node), str(reason)))
 
 
 def fill_in_types(model: ir.Model) -> bool:

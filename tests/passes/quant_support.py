@@ -100,6 +100,21 @@ def in_kernels(proto: onnx.ModelProto, *, level: str = "ALL", nmse: float = 1e-4
     Args:
         nmse: the kernels round where Q/DQ does not; a step of one unit here and there.
     """
+    session, found = _optimised(proto, level)
+    for seed in range(2):
+        feeds = random_feeds(proto, seed)
+        for expected, got in zip(run_ort(proto, feeds), session.run(None, feeds), strict=True):
+            assert expected.shape == got.shape
+            assert tensor_error(expected, got).nmse <= nmse
+    return found
+
+
+def optimised_ops(proto: onnx.ModelProto) -> collections.Counter[str]:
+    """The ops of ONNX Runtime's own optimised graph."""
+    return _optimised(proto, "ALL")[1]
+
+
+def _optimised(proto: onnx.ModelProto, level: str) -> tuple[ort.InferenceSession, collections.Counter[str]]:
     options = ort.SessionOptions()
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
     options.intra_op_num_threads = 1
@@ -108,13 +123,7 @@ def in_kernels(proto: onnx.ModelProto, *, level: str = "ALL", nmse: float = 1e-4
         path = Path(folder) / "optimised.onnx"
         options.optimized_model_filepath = str(path)
         session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        optimised = onnx.load(path)
-    for seed in range(2):
-        feeds = random_feeds(proto, seed)
-        for expected, got in zip(run_ort(proto, feeds), session.run(None, feeds), strict=True):
-            assert expected.shape == got.shape
-            assert tensor_error(expected, got).nmse <= nmse
-    return collections.Counter(node.op_type for node in optimised.graph.node)
+        return session, op_counts(onnx.load(path))
 
 
 def op_counts(proto: onnx.ModelProto) -> collections.Counter[str]:
