@@ -111,8 +111,10 @@ class InputCheck:
     microsecond: one identity comparison of types and dtypes for each input and one look-up of the shapes.
     """
 
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, specs: Sequence[TensorSpec], *, others: tuple[type, ...] = ()) -> None:
+        """``others``: types with ``shape`` and ``dtype`` that are taken as they are beside numpy's arrays."""
         self._specs = tuple(specs)
+        self._others = others
         self._count = len(self._specs)
         # Strings must be looked at one by one each time: no array has None for its dtype.
         self._wanted = tuple(
@@ -200,8 +202,8 @@ class InputCheck:
         return "; ".join(map(str, self._specs)) or "no inputs at all"
 
     def _array(self, spec: TensorSpec, value: object) -> np.ndarray:
-        if type(value) is np.ndarray:
-            return value
+        if type(value) is np.ndarray or isinstance(value, self._others):
+            return value  # type: ignore[return-value]
         # np.ma is imported by being named, and takes milliseconds: only for what is no plain array.
         if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
             return np.asarray(value)  # a subclass such as memmap, seen as what it is
