@@ -86,7 +86,7 @@ def build(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="fp32, int8, auto (int8 if faster and good enough), int8-dynamic, int8-weights, fp16",
+            help="fp32, int8, int8-fp16, auto (int8 if faster and good enough), int8-dynamic, int8-weights, fp16",
             show_default="fp16 on TensorRT, else fp32",
         ),
     ] = None,

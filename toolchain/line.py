@@ -32,7 +32,7 @@ from toolchain.errors import DataError, StorageError
 from toolchain.evaluate import Feeds, class_count, input_specs, reference_session, run_made_up
 from toolchain.export import Exported, compare_on, export, export_source
 from toolchain.float16 import find_keep_list
-from toolchain.lower import BY_PASS, lower_by_pass
+from toolchain.lower import BY_PASS, INT8_FP16, lower_by_pass
 from toolchain.machine import cpu_model, package_versions, usable_cores
 from toolchain.onnx_file import write_onnx
 from toolchain.optimize import optimize
@@ -263,26 +263,29 @@ class Line:
             {"graph": self.optimize_key, "target": str(target), "ranges": ranges, "options": options}
             | {"judged_on": judged_on, "cpu": cpu_model(), "seed": self.recipe.seed}
             | {"data": self.calibration_data.fingerprint() if self.calibration_data else None}
-            | {"return_slower": self.recipe.precision == "auto"}
+            | {"precision": precision, "return_slower": self.recipe.precision == "auto"}
         )
-        folder = self.stage("lower", key, functools.partial(self._lower, target))
+        folder = self.stage("lower", key, functools.partial(self._lower, target, precision))
         report = from_json(Int8Report, json.loads((folder / "int8.json").read_text(encoding="utf-8")))
         return Lowered(precision, key, folder, report)
 
     def _by_pass(self, precision: str, working: Path) -> None:
         exclude = tuple(self.recipe.quantize.exclude)
         if precision == "fp16":
-            self.on_status("fp16: looking for what overflows")
-            samples = [
-                {name: array[:1] for name, array in batch.inputs.items()} for batch in self._judged_batches()[:4]
-            ]
-            exclude += find_keep_list(self.optimized_model, samples).names
+            exclude += self._beyond_half()
         model, _ = lower_by_pass(self.optimized_model, precision, exclude=exclude)
         write_onnx(model, working / "model.onnx")
 
-    def _lower(self, target: runtimes.Target, working: Path) -> None:
+    def _beyond_half(self) -> tuple[str, ...]:
+        """The nodes whose numbers 16 bits do not hold."""
+        self.on_status("fp16: looking for what overflows")
+        samples = [{name: array[:1] for name, array in batch.inputs.items()} for batch in self._judged_batches()[:4]]
+        return find_keep_list(self.optimized_model, samples).names
+
+    def _lower(self, target: runtimes.Target, precision: str, working: Path) -> None:
         options = self.recipe.quantize
         batches = self._judged_batches()
+        half = self._beyond_half() if precision == INT8_FP16 else None
         with reference_session(self.optimized / "model.onnx") as reference:
             judge = Judge(reference, batches, metric=options.metric)
         model, report = quantise_within_budget(
@@ -300,6 +303,7 @@ class Line:
             method=options.method,
             percentile=options.percentile,
             return_slower=self.recipe.precision == "auto",
+            half=half,
             on_status=self.on_status,
         )
         write_onnx(model, working / "model.onnx")

@@ -8,10 +8,12 @@ import onnx_ir as ir
 
 import passes
 from passes._quant import Calibration
-from passes.base import Declined, PassFailed
+from passes.base import Declined, PassFailed, label
+from passes.convert_float16 import ConvertFloat16
 from passes.quantize_int8 import QuantizeInt8
 from runtimes import Target
 from toolchain.errors import GraphError
+from toolchain.opset import at_least
 
 #: Runtime -> the dialect of Q/DQ that it turns into integer kernels.
 DIALECTS: Mapping[str, str] = {
@@ -44,6 +46,38 @@ BY_PASS: Mapping[str, str] = {
     "int8-weights": "quantize_weights",
     "fp16": "convert_float16",
 }
+
+
+#: INT8 with what stays in float in 16 bits: the targets that have both kinds of arithmetic.
+INT8_FP16 = "int8-fp16"
+#: From here on Q/DQ have 16-bit scales.
+_HALF_OPSET = 19
+
+
+def lower_half(quantised: ir.Model, target: Target, *, keep: tuple[str, ...] = ()) -> ir.Model:
+    """A copy of an INT8 graph in which what stays in float, Q and DQ too, is in 16 bits.
+
+    Args:
+        quantised: from ``lower_int8``.
+        target: of the TensorRT dialect: kernels for a CPU are found by Q/DQ in float32.
+        keep: nodes that stay in float32; those that are not there any more do not matter.
+
+    Raises:
+        GraphError: another dialect, or the graph cannot be converted.
+    """
+    if dialect_of(target) != "tensorrt":
+        raise GraphError(
+            f"{INT8_FP16} is for GPUs: {target} has no kernels for it",
+            where=f"target {target}",
+            hint="--precision int8",
+        )
+    copy = at_least(quantised, _HALF_OPSET).clone()
+    there = {label(node) for node in copy.graph}
+    try:
+        ConvertFloat16(keep=tuple(name for name in keep if name in there))(copy)
+    except PassFailed as error:
+        raise GraphError(f"convert_float16: {error}", where=error.node, hint=error.hint) from error
+    return copy
 
 
 def lower_by_pass(

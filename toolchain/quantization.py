@@ -32,7 +32,7 @@ from toolchain.errors import DataError, FidelityError, GraphError
 from toolchain.evaluate import Feeds
 from toolchain.islands import can_profile, slower_in_int8
 from toolchain.judge import Judge, Metric, candidate_session, compiled_folder, judged_on
-from toolchain.lower import dialect_of, lower_int8
+from toolchain.lower import dialect_of, lower_half, lower_int8
 from toolchain.opset import at_least
 from toolchain.preparation import Prepared, prepare
 from toolchain.progress import Status, silent
@@ -186,6 +186,7 @@ def quantise_within_budget(
     method: Method = "auto",
     percentile: float = PERCENTILE,
     return_slower: bool = False,
+    half: tuple[str, ...] | None = None,
     on_status: Status = silent,
 ) -> tuple[ir.Model, Int8Report]:
     """Quantises the graph and, where a budget asks for it, uses accuracy tools and returns the fewest layers to float.
@@ -205,6 +206,7 @@ def quantise_within_budget(
             none, biases are corrected on ``samples``, and the other tools cannot be used.
         method, percentile: of ranges that the tools change.
         return_slower: return to float what is slower in INT8, where the target is here and can be looked into.
+        half: what stays in float computes in 16 bits, these nodes aside, see ``lower_half``; None for float32.
         on_status: is told what is going on.
 
     Raises:
@@ -214,9 +216,18 @@ def quantise_within_budget(
     """
     tools = Tools() if tools is None else tools
     candidates = _Candidates(
-        at_least(model, _OPSET), target, calibration, judge, tuple(samples), exclude, weights, calibration_data,
-        method, percentile, on_status,
-    )  # fmt: skip
+        plain=Prepared(at_least(model, _OPSET), calibration, 0),
+        target=target,
+        judge=judge,
+        samples=tuple(samples),
+        exclude=exclude,
+        weights=weights,
+        data=calibration_data,
+        method=method,
+        percentile=percentile,
+        half=half,
+        on_status=on_status,
+    )
     chosen, lost, tried = _choose_tools(candidates, tools, max_drop)
     found, ranked = BudgetSearch(True, (), lost, lost, ()), []
     if max_drop is not None and lost > max_drop:
@@ -264,67 +275,60 @@ def quantise_within_budget(
     return quantised, report
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
 class _Candidates:
     """Makes and judges candidates: what of the arguments of ``quantise_within_budget`` does not change."""
 
-    def __init__(
-        self,
-        model: ir.Model,
-        target: Target,
-        calibration: Calibration,
-        judge: Judge,
-        samples: Sequence[Feeds],
-        exclude: tuple[str, ...],
-        weights: str,
-        calibration_data: Iterable[Batch],
-        method: Method,
-        percentile: float,
-        on_status: Status,
-    ) -> None:
-        self.target = target
-        self.on_status = on_status
-        self.evaluations = 0
-        self._judge = judge
-        self._samples = samples
-        self._exclude = exclude
-        self._weights = weights
-        self._data = calibration_data
-        self._method = method
-        self._percentile = percentile
-        self._plain = Prepared(model, calibration, 0)
-        self._prepared: dict[tuple[str, str | float], Prepared] = {}
+    plain: Prepared
+    target: Target
+    judge: Judge
+    samples: Sequence[Feeds]
+    exclude: tuple[str, ...]
+    weights: str
+    data: Iterable[Batch]
+    method: Method
+    percentile: float
+    half: tuple[str, ...] | None
+    on_status: Status
+    evaluations: int = 0
+    _prepared: dict[tuple[str, str | float], Prepared] = dataclasses.field(default_factory=dict)
 
     def prepared(self, tools: Tools) -> Prepared:
         """The float graph that is quantised. Raises DataError, GraphError."""
         key = tools.equalization, tools.smooth_quant
         if key == ("none", "none"):
-            return self._plain
+            return self.plain
         if key not in self._prepared:
             alpha = {"none": None, "on": "auto"}.get(str(tools.smooth_quant), tools.smooth_quant)
             self._prepared[key] = prepare(
-                self._plain.model,
-                self._plain.calibration,
-                self._data,
+                self.plain.model,
+                self.plain.calibration,
+                self.data,
                 equalization=tools.equalization != "none",
                 smooth_quant=alpha,  # type: ignore[arg-type]  # a float, or "auto"
-                method=self._method,
-                percentile=self._percentile,
+                method=self.method,
+                percentile=self.percentile,
                 on_status=self.on_status,
             )
         return self._prepared[key]
 
     def lowered(self, tools: Tools, returned: tuple[str, ...]) -> tuple[ir.Model, tuple[Declined, ...]]:
-        """A candidate, and what was declined in it."""
+        """A candidate as it is compiled, and what was declined in it."""
+        made, declined = self.quantised(tools, returned)
+        return made if self.half is None else lower_half(made, self.target, keep=self.half), declined
+
+    def quantised(self, tools: Tools, returned: tuple[str, ...]) -> tuple[ir.Model, tuple[Declined, ...]]:
+        """A candidate whose float values are those of the float graph, and what was declined in it."""
         prepared = self.prepared(tools)
         made, declined = lower_int8(
             prepared.model,
             self.target,
             prepared.calibration,
-            exclude=(*self._exclude, *returned),
-            weights=self._weights,
+            exclude=(*self.exclude, *returned),
+            weights=self.weights,
         )
         if tools.bias_correction != "none":
-            means_of = [batch.inputs for batch in itertools.islice(self._data, _BIAS_BATCHES)] or self._samples
+            means_of = [batch.inputs for batch in itertools.islice(self.data, _BIAS_BATCHES)] or self.samples
             mode = tools.bias_correction
             correct_bias(prepared.model, made, means_of, mode=mode, dialect=dialect_of(self.target))  # type: ignore[arg-type]
         return made, declined
@@ -340,13 +344,13 @@ class _Candidates:
                 raise
             return math.inf  # nothing is left in INT8: no budget is met by giving up
         with candidate_session(quantised, self.target) as session:
-            return self._judge.drop(session)
+            return self.judge.drop(session)
 
     def ranked(self, tools: Tools) -> list[LayerSensitivity]:
         """The layers, the most harmful first."""
         model = self.prepared(tools).model
-        names = [name for name in quantizable(model, dialect_of(self.target)) if name not in self._exclude]
-        return layer_sensitivities(model, self.lowered(tools, ())[0], names, self._samples[:_RANKED_ON])
+        names = [name for name in quantizable(model, dialect_of(self.target)) if name not in self.exclude]
+        return layer_sensitivities(model, self.quantised(tools, ())[0], names, self.samples[:_RANKED_ON])
 
     def costs(self, tools: Tools, nodes: Sequence[str]) -> list[float]:
         """Milliseconds that each of the nodes costs when it alone is in float; none where the target is not here."""
@@ -363,9 +367,9 @@ class _Candidates:
 
     def slower(self, tools: Tools, returned: tuple[str, ...]) -> dict[str, float]:
         """Nodes to return for speed, and what each then costs (less than nothing), see ``islands.py``."""
-        made, _ = self.lowered(tools, returned)
+        made, _ = self.quantised(tools, returned)
         model = self.prepared(tools).model
-        return slower_in_int8(model, made, quantizable(model, dialect_of(self.target)), self._samples[0])
+        return slower_in_int8(model, made, quantizable(model, dialect_of(self.target)), self.samples[0])
 
     def is_faster(self, tools: Tools, returned: tuple[str, ...], than: tuple[str, ...]) -> bool:
         """Whether the candidate is faster with these nodes in float than with those."""

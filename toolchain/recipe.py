@@ -18,7 +18,7 @@ from runtimes import Error, Target
 from toolchain.errors import RecipeError
 from toolchain.storage import reported
 
-Precision = Literal["default", "fp32", "int8", "auto", "int8-dynamic", "int8-weights", "fp16"]
+Precision = Literal["default", "fp32", "int8", "int8-fp16", "auto", "int8-dynamic", "int8-weights", "fp16"]
 
 #: In place of targets: every runtime that works here.
 AUTO = "auto"
@@ -339,7 +339,8 @@ seed: 0
 # output: artifacts/my-model
 
 # default is fp16 on TensorRT and fp32 elsewhere; fp32; int8, which needs data.calibration or
-# quantize.calibration; auto: both where int8 is faster and good enough;
+# quantize.calibration; int8-fp16: the same with the rest in 16 bits, for TensorRT;
+# auto: both where int8 is faster and good enough;
 # without calibration: int8-dynamic (activations quantised at run time, for transformers), int8-weights, fp16
 precision: default
 # One variant is built for each, and they are ranked by measured latency; `toolchain targets` lists them;
