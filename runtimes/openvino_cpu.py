@@ -376,12 +376,13 @@ def _config(options: OpenVinoOptions) -> dict[str, Any]:
 
 def _read(checked: ModelFile) -> Any:
     """Parses a model by the ONNX front end alone: ``read_model`` tries every format that OpenVINO knows."""
-    from openvino.frontend import FrontEndManager
+    import openvino.frontend as front_ends
 
-    front_end = FrontEndManager().load_by_framework("onnx")
+    failures = tuple(value for name, value in vars(front_ends).items() if name.endswith("Failure"))
+    front_end = front_ends.FrontEndManager().load_by_framework("onnx")
     try:
         return front_end.convert(front_end.load(str(checked.path)))
-    except (RuntimeError, ValueError, MemoryError) as error:
+    except (*failures, RuntimeError, ValueError, MemoryError) as error:
         raise _load_error(error, checked, front_end) from error
 
 
@@ -513,7 +514,7 @@ def _load_error(error: BaseException, checked: ModelFile, front_end: Any) -> Err
             where=f"{checked.path}, node {', '.join(map(repr, nodes[:5]))}" if nodes else str(checked.path),
             hint="export without it, or with another opset, or use another target such as ort-cpu",
         )
-    if "Loading input model" in text or "Unable to read the model" in text:
+    if "GeneralFailure" in text or "Loading input model" in text or "Unable to read the model" in text:
         return InvalidModel(f"OpenVINO says that this is no valid model: {_told(error)}", where=where)
     hint = "free memory, or take a smaller model" if _out_of_memory(error) else None
     return CompileFailed(f"OpenVINO refused the model: {_told(error)}", where=where, hint=hint)
