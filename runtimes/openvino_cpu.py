@@ -494,7 +494,7 @@ def _remarks(model: Any) -> tuple[str, ...]:
 # --- what OpenVINO says when it fails
 
 _SOURCE = re.compile(r"Exception from \S+:\d+:?|Check '.*?' failed at \S+:\d+:?|FrontEnd API failed with \w+:")
-_NODE = re.compile(r"node with name '([^']*)'|ONNX node '<Node\(\w*\): ([^>']*)>'")
+_NODE = re.compile(r"node with name '([^']*)'|ONNX node '<Node\(\w*\): ([^>']*)>'|Operation name: (\S+)")
 _UNKNOWN = re.compile(r"No conversion rule found for operations: (.*)")
 
 
@@ -503,10 +503,15 @@ def _told(error: BaseException) -> str:
     return " ".join(_SOURCE.sub(" ", str(error)).split()) or type(error).__name__
 
 
+def _node(text: str) -> str | None:
+    match = _NODE.search(text)
+    return next(group for group in match.groups() if group) if match else None
+
+
 def _load_error(error: BaseException, checked: ModelFile, front_end: Any) -> Error:
     text = str(error)
-    match = _NODE.search(text)
-    where = f"{checked.path}, node {match[1] or match[2]!r}" if match else str(checked.path)
+    node = _node(text)
+    where = f"{checked.path}, node {node!r}" if node else str(checked.path)
     if unknown := _UNKNOWN.search(text):
         nodes = _unconverted(checked, front_end) if front_end is not None else []
         return CompileFailed(
@@ -514,7 +519,10 @@ def _load_error(error: BaseException, checked: ModelFile, front_end: Any) -> Err
             where=f"{checked.path}, node {', '.join(map(repr, nodes[:5]))}" if nodes else str(checked.path),
             hint="export without it, or with another opset, or use another target such as ort-cpu",
         )
-    if "GeneralFailure" in text or "Loading input model" in text or "Unable to read the model" in text:
+    unconverted = "wasn't fully converted" in text
+    if not unconverted and (
+        "GeneralFailure" in text or "Loading input model" in text or "Unable to read the model" in text
+    ):
         return InvalidModel(f"OpenVINO says that this is no valid model: {_told(error)}", where=where)
     hint = "free memory, or take a smaller model" if _out_of_memory(error) else None
     return CompileFailed(f"OpenVINO refused the model: {_told(error)}", where=where, hint=hint)
@@ -535,13 +543,11 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _run_error(error: RuntimeError) -> RunFailed:
-    text, match = _told(error), _NODE.search(str(error))
+    text, node = _told(error), _node(str(error))
     hint = None
     if _out_of_memory(error):
         text, hint = f"out of memory: {text}", "take a smaller batch, or free memory"
-    return RunFailed(
-        f"OpenVINO failed while it ran: {text}", where=f"node {match[1] or match[2]!r}" if match else None, hint=hint
-    )
+    return RunFailed(f"OpenVINO failed while it ran: {text}", where=f"node {node!r}" if node else None, hint=hint)
 
 
 def _options(options: Any) -> OpenVinoOptions:
