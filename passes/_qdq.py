@@ -64,7 +64,7 @@ class _Writer:
         self.parameters: dict[Group, tuple[Affine, ir.Value, ir.Value]] = {}
         self.integers: dict[ir.Value, ir.Value] = {}
         self.dequantised: dict[ir.Value, ir.Value] = {}
-        self.weights: dict[tuple[ir.Value, int | None, float], ir.Value] = {}
+        self.weights: dict[tuple[ir.Value, int | None, float, int], ir.Value] = {}
         self.tables = WeightStore(names)
         self.replaced: list[ir.Value] = []
 
@@ -237,7 +237,7 @@ class _Writer:
             stored = self.tables.put(self.scope, table, ("table",), make, before=node, zero_point=False)
             look_up_integers(node, stored, self.names)
             return
-        key = (table, 0, 1.0)
+        key = (table, 0, 1.0, 1)
         if key not in self.weights:
             weight = quantize_weight(tensor, 0, method=self.method)
             # At the front: a layer with the same weight may come before or after.
@@ -254,19 +254,19 @@ class _Writer:
         floor = None
         tensor = constant(layer.weight)
         assert tensor is not None
-        weight = quantize_weight(tensor, axis, method=self.method, factor=layer.factor)
+        together = layer.together if axis is not None else 1
+        weight = quantize_weight(tensor, axis, method=self.method, factor=layer.factor, together=together)
         if layer.bias is not None and self.plan.integer_bias:
             input_scale = self._parameters(next(v for n, i, v in edges if n is node and i == 0))[0].scale
             floor = bias_scale_floor(layer.bias, input_scale)
-            if axis is None:
-                floor = floor.max(initial=0)
+            floor = floor.max(initial=0) if axis is None else layer.of_indices(floor, len(weight.scale))
             if np.any(weight.scale < floor):
                 data = tensor.numpy() * np.float32(layer.factor)
-                weight = quantize_array(data, axis, method=self.method, floor=np.asarray(floor))
+                weight = quantize_array(data, axis, method=self.method, floor=np.asarray(floor), together=together)
             else:
                 floor = None
             self._bias(layer, weight, input_scale)
-        key = (layer.weight, axis, layer.factor)
+        key = (layer.weight, axis, layer.factor, together)
         if floor is not None or key not in self.weights:
             self.weights[key] = self._dequantised_constant(
                 weight.values, weight.scale, axis, np.int8, str(layer.weight.name), before=node
@@ -284,12 +284,13 @@ class _Writer:
         assert layer.bias is not None
         old = _input(node, 2)
         # float32, as the kernel multiplies: DequantizeLinear's scale must be the product to the bit
-        scale = np.broadcast_to(np.float32(input_scale) * weight.scale, layer.bias.shape)
+        scale = np.float32(input_scale) * weight.scale
+        if weight.axis is not None:
+            scale = layer.of_outputs(scale, len(layer.bias))
         rounded = np.rint(layer.bias.astype(np.float64) / scale)
         integers = np.clip(rounded, -(2**31), 2**31 - 1).astype(np.int32)
         axis = None if weight.axis is None else 0
-        parameter = np.ascontiguousarray(scale) if axis is not None else np.float32(input_scale) * weight.scale
-        value = self._dequantised_constant(integers, parameter, axis, np.int32, f"{node.outputs[0].name}_bias", node)
+        value = self._dequantised_constant(integers, scale, axis, np.int32, f"{node.outputs[0].name}_bias", node)
         node.replace_input_with(2, value)
         self.replaced.append(old)
         if node.op_type == "Gemm":

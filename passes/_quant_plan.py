@@ -37,6 +37,7 @@ class Layer:
         axis: the axis of the weight's output channels; None where one scale must do.
         bias: float32 [channels], Gemm's beta multiplied in; None without.
         factor: Gemm's alpha, to be multiplied into the weight.
+        together: so many indices of the axis in a row are inputs of one output channel, and share a scale.
     """
 
     node: ir.Node
@@ -44,6 +45,17 @@ class Layer:
     axis: int | None
     bias: np.ndarray | None
     factor: float = 1.0
+    together: int = 1
+
+    def of_outputs(self, scale: np.ndarray, outputs: int) -> np.ndarray:
+        """The scale of each of the ``outputs`` channels, from one for each index of ``axis``."""
+        own = scale[:: self.together]
+        return np.tile(own, outputs // len(own))
+
+    def of_indices(self, floor: np.ndarray, indices: int) -> np.ndarray:
+        """The other way round: the largest number among the output channels of each index of ``axis``."""
+        own: np.ndarray = floor.reshape(-1, indices // self.together).max(axis=0)
+        return np.repeat(own, self.together)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -219,9 +231,23 @@ def layer_of(node: ir.Node) -> Layer:
         return _gemm(node, weight, bias)
     if node.op_type == "Conv":
         return Layer(node, weight, 0, bias)
+    return _conv_transpose(node, weight, tensor, bias)
+
+
+def _conv_transpose(
+    node: ir.Node, weight: ir.Value | None, tensor: ir.TensorProtocol, bias: np.ndarray | None
+) -> Layer:
+    """Output channel c of group g is at [g * in : (g + 1) * in, c], and DequantizeLinear has scales for one axis.
+
+    So channels with one place in their groups share a scale; where every group is one channel, it has its own.
+    """
     group = attribute_int(node, "group", 1)
-    # With groups, output channel c of group g is at [g * in : (g + 1) * in, c]: an axis holds one of each group.
-    return Layer(node, weight, 1 if group == 1 else None, bias)
+    if group is None or len(tensor.shape) < 3 or group < 1 or tensor.shape.numpy()[0] % group:
+        raise Decline("its group does not fit its weight")
+    inputs, outputs = tensor.shape.numpy()[:2]
+    if group > 1 and outputs == 1:
+        return Layer(node, weight, 0, bias, together=inputs // group)
+    return Layer(node, weight, 1, bias)
 
 
 def _gemm(node: ir.Node, weight: ir.Value | None, bias: np.ndarray | None) -> Layer:

@@ -35,13 +35,13 @@ class QuantizedWeight:
     axis: int | None
 
 
-_made: weakref.WeakKeyDictionary[object, dict[tuple[int | None, str, float], QuantizedWeight]] = (
+_made: weakref.WeakKeyDictionary[object, dict[tuple[int | None, str, float, int], QuantizedWeight]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def quantize_weight(
-    tensor: ir.TensorProtocol, axis: int | None, *, method: str, factor: float = 1.0
+    tensor: ir.TensorProtocol, axis: int | None, *, method: str, factor: float = 1.0, together: int = 1
 ) -> QuantizedWeight:
     """Quantises a constant tensor.
 
@@ -52,19 +52,26 @@ def quantize_weight(
             least squared error; "balanced" covers the largest magnitude and rounds so that the errors of an
             output channel cancel.
         factor: is multiplied in first.
+        together: so many indices of the axis in a row share a scale.
     """
     known = _made.setdefault(tensor, {})
-    key = (axis, method, factor)
+    key = (axis, method, factor, together)
     if key not in known:
         data = tensor.numpy()
-        known[key] = quantize_array(data if factor == 1 else data * np.float32(factor), axis, method=method)
+        data = data if factor == 1 else data * np.float32(factor)
+        known[key] = quantize_array(data, axis, method=method, together=together)
     return known[key]
 
 
 def quantize_array(
-    weight: np.ndarray, axis: int | None, *, method: str, floor: np.ndarray | None = None
+    weight: np.ndarray, axis: int | None, *, method: str, floor: np.ndarray | None = None, together: int = 1
 ) -> QuantizedWeight:
     """``quantize_weight`` of an array; ``floor`` (float64 [channels]) is the least that each scale may be."""
+    if together > 1:
+        assert axis == 0, "channels that are together are rows"
+        rows = weight.reshape(-1, together, *weight.shape[1:])
+        made = quantize_array(rows, 0, method=method, floor=None if floor is None else floor[::together])
+        return QuantizedWeight(made.values.reshape(weight.shape), np.repeat(made.scale, together), 0)
     rows = _rows(weight, axis)
     amax = np.maximum(rows.max(axis=1, initial=0), -rows.min(axis=1, initial=0)).astype(np.float64)
     if method == "mse":

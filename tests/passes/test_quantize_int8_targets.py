@@ -84,18 +84,57 @@ def test_tensorrt_reads_integers_and_writes_float() -> None:
     assert outcome.fired == len(quantizable(ir.from_proto(RESIDUAL), "tensorrt"))
 
 
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize(
+    ("group", "outputs", "axis"),
+    [(1, 8, 1), (2, 4, 1), (4, 1, 0), (2, 1, 0)],
+    ids=["one group", "channels in groups", "depthwise", "groups of one channel"],
+)
 @pytest.mark.parametrize("dialect", ["tensorrt", "openvino"])
-def test_conv_transpose(dialect: str, group: int) -> None:
-    proto = graph(f"c = ConvTranspose <group = {group}> (x, w) y = Relu (c)", w=normal(4, 8 // group, 3, 3))
+def test_conv_transpose(dialect: str, group: int, outputs: int, axis: int) -> None:
+    """A scale for each output channel, as far as one axis of the weight tells them apart."""
+    size = np.logspace(-2, 0, group * outputs, dtype=np.float32).reshape(group, 1, outputs, 1, 1)
+    weight = (normal(4, outputs, 3, 3).reshape(group, -1, outputs, 3, 3) * size).reshape(4, outputs, 3, 3)
+    bias = normal(group * outputs, scale=0.01)
+    kind = f"float[N, {group * outputs}, H, W] y"
+    proto = graph(f"y = ConvTranspose <group = {group}> (x, w, b)", outputs=kind, w=weight, b=bias)
     after, outcome = quantise(proto, dialect=dialect)
     assert outcome.fired == 1
     made, constants = producers(after), arrays(after)
     node = next(node for node in after.graph.node if node.op_type == "ConvTranspose")
-    weight = made[node.input[1]]
-    assert constants[weight.input[1]].shape == ((8,) if group == 1 else ())
-    if group == 1:
-        assert weight.attribute[0].i == 1
+    source = made[node.input[1]]
+    integers, scale = constants[source.input[0]], constants[source.input[1]]
+    assert (source.attribute[0].i, scale.shape) == (axis, (weight.shape[axis],))
+    # the largest weight under each scale is 127 of it, and those that one output channel sums have one scale
+    largest = np.abs(weight).max(axis=tuple(i for i in range(4) if i != axis))
+    largest = np.repeat(largest.reshape(group, -1).max(axis=1), 4 // group) if axis == 0 else largest
+    assert np.allclose(scale * 127, largest, rtol=1e-6)
+    back = integers * scale.reshape([-1 if i == axis else 1 for i in range(4)])
+    assert (np.abs(back - weight) <= scale.max() * 1.01).all()
+    if axis == 0 and dialect == "openvino":
+        stored = made[node.input[2]]
+        step = constants[stored.input[1]]
+        assert step.shape == (group,)
+        assert (np.abs(constants[stored.input[0]] * step - bias) <= 0.501 * step).all()
+    # in each channel by itself: one scale for all would drown the small ones
+    feeds = random_feeds(proto, 0)
+    expected, got = run_ort(proto, feeds)[0], run_ort(after, feeds)[0]
+    error = np.square(got - expected).sum(axis=(0, 2, 3)) / np.square(expected).sum(axis=(0, 2, 3))
+    assert error.max() < (2e-3 if group == 1 or axis == 0 else 5e-2)
+
+
+def test_conv_transpose_with_a_bias_that_would_not_fit() -> None:
+    """Where the scale of a channel has to grow, that of its own inputs does, and no other."""
+    weight = normal(4, 1, 3, 3)
+    weight[:2] *= 1e-9
+    bias = np.array([5.0, 0.1], np.float32)
+    proto = graph("y = ConvTranspose <group = 2> (x, w, b)", outputs="float[N, 2, H, W] y", w=weight, b=bias)
+    after, _ = quantise(proto, dialect="openvino")
+    constants, made = arrays(after), producers(after)
+    node = next(node for node in after.graph.node if node.op_type == "ConvTranspose")
+    scale = constants[made[node.input[1]].input[1]]
+    assert scale[0] == scale[1] > 1e-9
+    assert np.allclose(scale[2:] * 127, np.abs(weight[2:]).max())
+    assert np.abs(constants[made[node.input[2]].input[0]]).max() <= 2**30
 
 
 def test_tensorrt_quantises_both_sides_of_a_product() -> None:
