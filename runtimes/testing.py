@@ -125,7 +125,8 @@ class RuntimeContract:
         }
         if len(collected) < len(CASES):
             pytest.skip("only a part of the contract was selected")
-        assert not set(self.cannot) - collected
+        unknown = sorted(set(self.cannot) - collected)
+        assert not unknown, f"cannot names what is no test: {', '.join(unknown)}"
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_case(self, load: Load, case: Case) -> None:
@@ -135,6 +136,11 @@ class RuntimeContract:
             check(case, session.run(case.feeds))
         for name, array in case.feeds.items():
             assert np.array_equal(array, before[name])
+
+    def test_a_device_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
+        target = f"{runtimes.Target.parse(self.target).runtime}:no_such_device"
+        with pytest.raises(runtimes.Error, match="no_such_device"):
+            runtimes.load(save_model(tmp_path / "m.onnx", _RELU), target=target)
 
     def test_outputs_are_new_each_time(self, load: Load) -> None:
         session = load(_RELU)
