@@ -23,9 +23,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
-import gc
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,12 +38,10 @@ from toolchain.calibration_file import Mismatch, match, read, require_match, wri
 from toolchain.clipping import METHODS, PERCENTILE, Method
 from toolchain.errors import CalibrationError, DataError
 from toolchain.histogram import NonFinite
-from toolchain.machine import usable_cores
-from toolchain.observation import Plan, plan
+from toolchain.observation import Plan
 from toolchain.observed import SAMPLED, Observed, check_method
 from toolchain.samples import Batch
-from toolchain.storage import reported
-from toolchain.wiring import more_outputs, read_wiring
+from toolchain.watching import WORKERS, Watched, watch
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -55,9 +50,8 @@ if TYPE_CHECKING:
 
 #: elements of all observed tensors that one run may give (8 MB in float32): more does not go faster, and is memory
 _RUN_ELEMENTS = 2_000_000
-#: runs at once, which share the cores: one run with all the cores leaves them idle between its operators, and while its
-#: results are taken in. More of them would be more memory.
-_WORKERS = 2
+#: pieces that wait for them: with none, a worker that is done waits for the next to be read
+_AHEAD = 2
 
 
 def observe(
@@ -94,13 +88,13 @@ def observe(
         DataError: a batch does not fit the model's inputs.
         InvalidModel, GraphError, CompileFailed, RunFailed: the model cannot be read or run.
     """
-    planned, opened = _open(model, channels=channels)
-    with opened as session:
-        found = Observed(planned, sampled=sampled, data=data)
+    watched = watch(model, channels=channels)
+    with watched.session:
+        found = Observed(watched.plan, sampled=sampled, data=data)
         if resume and state is not None and state.exists():
             found.restore(state)
         try:
-            _gather(session, batches, found, state, state_seconds, on_progress)
+            _gather(watched, batches, found, state, state_seconds, on_progress)
         except BaseException:
             if state is not None and found.samples:
                 found.save(state)
@@ -136,39 +130,6 @@ def calibrate(
     return result
 
 
-def _open(model: ir.Model | Path, *, channels: bool) -> tuple[Plan, runtimes.Session]:
-    """What to look at, and a session that returns it. The file that the session was made of is gone already."""
-    wiring = read_wiring(model) if isinstance(model, Path) else None
-    if wiring is not None:
-        assert isinstance(model, Path)
-        planned = plan(wiring, channels=channels)
-        with tempfile.TemporaryDirectory(prefix="toolchain-") as folder:
-            path = Path(folder) / "model.onnx"
-            with reported(path, "a temporary model", hint="free some space, or set TMPDIR to another disk"):
-                shutil.copyfile(model, path)
-                with open(path, "ab") as file:
-                    file.write(more_outputs([name for name in planned.outputs if name not in wiring.outputs]))
-            return planned, _session(path)
-    import onnx_ir as ir
-
-    from toolchain import evaluate, onnx_file
-
-    if isinstance(model, Path):
-        found = _open(ir.load(model), channels=channels)
-        gc.collect()  # nodes and values refer to each other, so they and their weights do not go by themselves
-        return found
-    graph = evaluate.typed(model)
-    planned = plan(graph, channels=channels)
-    with onnx_file.temporary_onnx(evaluate.with_outputs(graph, planned.outputs)) as path:
-        return planned, _session(path)
-
-
-def _session(path: Path) -> runtimes.Session:
-    # Without a memory pattern the arena holds what a run takes and no second plan of it: a quarter less memory.
-    options = {"memory_pattern": False, "intra_op_threads": max(1, usable_cores() // _WORKERS)}
-    return runtimes.load(path, target="ort-cpu", options=options)
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Piece:
     """What is run at once: some samples, and how many came before them."""
@@ -179,14 +140,14 @@ class _Piece:
 
 
 def _gather(
-    session: runtimes.Session,
+    watched: Watched,
     batches: Iterable[Batch | Mapping[str, Any]],
     found: Observed,
     state: Path | None,
     state_seconds: float,
     on_progress: Callable[[int], None],
 ) -> None:
-    """Runs and takes in everything: ``_WORKERS`` runs go on at once, and are taken in one after the other.
+    """Runs and takes in everything: ``WORKERS`` runs go on at once, and are taken in one after the other.
 
     When it ends, in whatever way, what was run was taken in: the threads are not interrupted by Ctrl-C.
     """
@@ -197,8 +158,8 @@ def _gather(
 
     def take(piece: _Piece, before: concurrent.futures.Future[int] | None) -> int:
         """Elements of a sample in all that is observed."""
-        values = {**piece.feeds, **session.run(piece.feeds)}
-        elements: int = sum(values[name].size for name in found.plan.observed) // piece.count
+        values = watched.run(piece.feeds)
+        elements: int = sum(value.size for value in values.values()) // piece.count
         if before is not None:
             before.result()
         with lock:
@@ -211,7 +172,7 @@ def _gather(
         try:
             per_sample = max(per_sample, future.result())
         except NonFinite:
-            _blame(session, piece, found.plan)
+            _blame(watched, piece)
         on_progress(piece.first + piece.count)
 
     def step() -> int:
@@ -220,10 +181,10 @@ def _gather(
             settle()
         return max(1, _RUN_ELEMENTS // per_sample) if per_sample else 1
 
-    with concurrent.futures.ThreadPoolExecutor(_WORKERS, "calibrate") as pool:
-        for piece in _pieces(session, batches, found, step):
+    with concurrent.futures.ThreadPoolExecutor(WORKERS, "calibrate") as pool:
+        for piece in _pieces(watched.session, batches, found, step):
             running.append((pool.submit(take, piece, running[-1][0] if running else None), piece))
-            if len(running) == _WORKERS:
+            if len(running) == WORKERS + _AHEAD:
                 settle()
             if state is not None and time.monotonic() - saved >= state_seconds:
                 with lock:
@@ -266,10 +227,10 @@ def _pieces(
         )
 
 
-def _blame(session: runtimes.Session, piece: _Piece, graph_plan: Plan) -> NoReturn:
+def _blame(watched: Watched, piece: _Piece) -> NoReturn:
     """Runs the piece again to find the first tensor, in the order of the graph, that is not finite."""
-    values = {**piece.feeds, **session.run(piece.feeds)}
-    for name in graph_plan.observed:
+    values = watched.run(piece.feeds)
+    for name in watched.plan.observed:
         bad = ~np.isfinite(values[name])
         if not bad.any():
             continue
@@ -277,7 +238,7 @@ def _blame(session: runtimes.Session, piece: _Piece, graph_plan: Plan) -> NoRetu
         by_sample = bad.ndim > 0 and len(bad) == piece.count
         row = int(bad.reshape(piece.count, -1).any(axis=1).argmax()) if by_sample else 0
         known = by_sample or piece.count == 1
-        is_input = name in graph_plan.inputs
+        is_input = name in watched.plan.inputs
         raise CalibrationError(
             f"{'input' if is_input else 'tensor'} {name!r} holds {kind}",
             where=f"sample {piece.first + row}, counted from 0"
