@@ -14,7 +14,9 @@ scales, and multiplies. LSTM becomes ``com.microsoft::DynamicQuantizeLSTM``, whi
 standard ONNX. Convolutions stay in float: their integer kernels without calibrated outputs are the slower ones.
 
 On the CPU ONNX Runtime fuses a row of these nodes into one kernel, DynamicQuantizeMatMul where nobody shares the
-input and MatMulIntegerToFloat where somebody does, the addition of a bias included.
+input and MatMulIntegerToFloat where somebody does, the addition of a bias included. The fused
+SkipLayerNormalization is slow there, so the additions before a LayerNormalization are kept from it
+(``shield_layer_norm.py``).
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from passes._quant_plan import Decline, Layer, is_float, layer_of
 from passes._quant_weights import QuantizedWeight, quantize_array
 from passes.base import Declined, InvalidOption, Outcome, Pass, label
 from passes.quantize_int8 import check_exclude, fill_in_types, quantised
+from passes.shield_layer_norm import shield_layer_norms
 
 _OPS = ("MatMul", "Gemm", "LSTM", "GRU", "Gather")
 
@@ -86,6 +89,9 @@ class QuantizeDynamic(Pass):
                 if is_op(node, *_OPS):
                     rewrite.visit(scope, node)
         rewrite.store.forget_floats()
+        if rewrite.fired:
+            for scope in scopes(model):
+                shield_layer_norms(scope.graph)
         return Outcome(model, changed or rewrite.fired > 0, fired=rewrite.fired, declined=tuple(rewrite.declined))
 
 

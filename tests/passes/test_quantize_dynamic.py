@@ -160,3 +160,17 @@ def test_exclude_old_opsets_and_bad_options() -> None:
         QuantizeDynamic(exclude=("nonsense",))(ir.from_proto(parse(text, **W)))
     with pytest.raises(InvalidOption, match="granularity"):
         QuantizeDynamic(granularity="row")
+
+
+def test_residuals_are_not_fused_with_the_normalisation_after_them() -> None:
+    body = "h = MatMul (x, w) s = Add (h, x) y = LayerNormalization <axis = -1> (s, g, b)"
+    constants = {"w": normal(128, 128), "g": np.ones(128, np.float32), "b": np.zeros(128, np.float32)}
+    proto = parse(
+        "agraph (float[N, S, 128] x, float[128, 128] w, float[128] g, float[128] b) => (float[N, S, 128] y) "
+        f"{{ {body} }}",
+        **constants,
+    )
+    model, _ = check(proto, QuantizeDynamic(), fired=1, nmse=2e-4, run=run_ort)
+    assert in_kernels(ir.to_proto(model)) == {"DynamicQuantizeMatMul": 1, "Sum": 1, "LayerNormalization": 1}
+    unchanged, _ = check(proto, QuantizeDynamic(smallest=1 << 20), fired=0, run=run_ort)
+    assert "Sum" not in ops(unchanged)
