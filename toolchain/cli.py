@@ -166,7 +166,7 @@ def build(
         data__evaluation=eval_data,
         data__limit=limit,
         export__opset=opset,
-        dims=_dims(dim) or None,
+        dims=console.parse_dims(dim) or None,
         benchmark__batch_sizes=_numbers(batch_sizes, "--batch-sizes"),
         benchmark__threads=_numbers(threads, "--threads"),
         verify__max_nmse=max_nmse,
@@ -247,7 +247,7 @@ def optimize(
     graph = read_onnx(model)
     specs = input_specs(graph)
     samples = (
-        [seeded_inputs(specs, batch=1 + i, seed=(seed or 0) + i, dims=_dims(dim)) for i in range(2)]
+        [seeded_inputs(specs, batch=1 + i, seed=(seed or 0) + i, dims=console.parse_dims(dim)) for i in range(2)]
         if verify_each
         else []
     )
@@ -306,7 +306,7 @@ def verify(
     with console.status("verify") as on_status:
         result = verify_path(
             path, against=against, variant=variant, eval_data=eval_data, limit=limit, samples=samples,
-            dims=_dims(dim), max_nmse=max_nmse, layers=layers, seed=seed or 0, on_status=on_status,
+            dims=console.parse_dims(dim), max_nmse=max_nmse, layers=layers, seed=seed or 0, on_status=on_status,
         )  # fmt: skip
     if json:
         console.print_json(result)
@@ -364,7 +364,7 @@ def bench(
         warmup=warmup,
         duration_s=duration,
         count=count,
-        dims=_dims(dim),
+        dims=console.parse_dims(dim),
         seed=seed or 0,
     )
     subject = Subject(path, target=target, variant=variant)
@@ -408,16 +408,6 @@ def _number_or_word(text: str | None) -> float | str | None:
         return None if text is None else float(text)
     except ValueError:
         return text
-
-
-def _dims(texts: list[str] | None) -> dict[str, int]:
-    sizes = {}
-    for text in texts or []:
-        name, _, size = text.partition("=")
-        if not name or not size.isdigit():
-            raise RecipeError(f"not a dimension: {text!r}", where="--dim", hint="write NAME=SIZE, such as sequence=128")
-        sizes[name] = int(size)
-    return sizes
 
 
 def _version(asked: bool) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import onnx_ir as ir
 import typer
 from rich.text import Text
 
@@ -20,7 +21,7 @@ from toolchain import console, models
 from toolchain.cache import Cache, Entry
 from toolchain.doctor import diagnose
 from toolchain.recipe import commented, from_dict
-from toolchain.render import megabytes, table
+from toolchain.render import Rows, megabytes, table
 from toolchain.report import to_json
 
 looking = typer.Typer()
@@ -46,25 +47,45 @@ def inspect(
     target: Annotated[
         str | None, typer.Option(help="tensorrt or tensorrt-rtx: says which nodes of an .onnx file it takes")
     ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="show what each node of an .onnx file costs")] = False,
+    time: Annotated[bool, typer.Option("--time", help="with --layers: also how long each takes on ort-cpu")] = False,
+    batch: Annotated[int, typer.Option(help="batch that costs are counted for", min=1)] = 1,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option("--dim", help="size of a symbolic dimension, such as sequence=128; repeat", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Shows what a model takes and gives, or what an artifact holds."""
+    """Shows what a model takes, gives and costs, or what an artifact holds."""
+    rows: Rows | None = None
     if target is not None:
         found = _inspect_network(path, runtimes.Target.parse(target))
+    elif path.is_dir():
+        if layers or time:
+            raise runtimes.InvalidInput(
+                "layers are looked at in an .onnx file", where=str(path), hint=f"{path}/VARIANT/model.onnx is one"
+            )
+        found = _inspect_artifact(path)
     else:
-        found = _inspect_artifact(path) if path.is_dir() else _inspect_model(path)
+        model, found = _inspect_model(path)
+        sizes = console.parse_dims(dim)
+        costs, rows = _costs(model, batch=batch, dims=sizes, layers=layers or time, time=time)
+        found |= costs
     if json:
         console.print_json(found)
         return
+    found.pop("layers", None)
     for key, value in found.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         lines = value if isinstance(value, list) else [value]
         for number, line in enumerate(lines):
             console.out.print(Text(f"{key if number == 0 else '':<14} {line}"))
+    if rows is not None:
+        console.out.print(table(rows))
 
 
-def _inspect_model(path: Path) -> dict[str, Any]:
+def _inspect_model(path: Path) -> tuple[ir.Model, dict[str, Any]]:
     from toolchain.evaluate import input_specs, output_specs
     from toolchain.onnx_file import read_onnx
 
@@ -78,7 +99,7 @@ def _inspect_model(path: Path) -> dict[str, Any]:
     ops = collections.Counter(
         node.op_type if not node.domain else f"{node.domain}.{node.op_type}" for g in scopes for node in g
     )
-    return {
+    return model, {
         "model": path.name,
         "producer": f"{model.producer_name or 'unknown'} {model.producer_version or ''}".strip(),
         "ir version": model.ir_version,
@@ -90,6 +111,54 @@ def _inspect_model(path: Path) -> dict[str, Any]:
         "nodes": sum(ops.values()),
         "ops": dict(ops.most_common()),
     }
+
+
+def _costs(
+    model: ir.Model, *, batch: int, dims: dict[str, int], layers: bool, time: bool
+) -> tuple[dict[str, Any], Rows | None]:
+    """What the model costs, and with ``layers`` the table of its nodes."""
+    from toolchain.layer_latency import layer_latency
+    from toolchain.model_cost import cost_of
+
+    # a model that was only to be looked at is not run
+    cost = cost_of(model, batch=batch, dims=dims, run=layers)
+    found: dict[str, Any] = {
+        "macs": cost.macs,
+        "operations": cost.operations,
+        "activations": f"{megabytes(cost.peak_bytes)} at once, at {cost.peak_node}",
+    }
+    if cost.unknown:
+        found["not counted"] = f"{len(cost.unknown)} nodes of unknown shape, such as {cost.unknown[0]}"
+    if not layers:
+        return found, None
+    times = layer_latency(model, batch=batch, dims=dims) if time else None
+    taken = {} if times is None else {layer.node: layer for layer in times.layers}
+    found["layers"] = [
+        {**to_json(node), "intensity": node.intensity}
+        | ({} if times is None else {"milliseconds": taken[node.node].milliseconds if node.node in taken else 0.0})
+        for node in cost.nodes
+    ]
+    header: tuple[str, ...] = ("node", "op", "output", "parameters", "MMACs", "live memory", "operations/byte")
+    rows: list[tuple[str, ...]] = [
+        (
+            node.node,
+            node.op_type,
+            "?" if node.output is None else "x".join(map(str, node.output)) or "scalar",
+            str(node.parameters),
+            "?" if node.macs is None else f"{node.macs / 1e6:.2f}",
+            "?" if node.live_bytes is None else megabytes(node.live_bytes),
+            "?" if node.intensity is None else f"{node.intensity:.2f}",
+        )
+        for node in cost.nodes
+    ]
+    if times is not None:
+        found["milliseconds"] = times.total_ms
+        found["overhead_milliseconds"] = times.overhead_ms
+        header += ("ms", "share")
+        whole = sum(layer.milliseconds for layer in times.layers) + times.overhead_ms or 1.0
+        spent = [taken[node.node].milliseconds if node.node in taken else 0.0 for node in cost.nodes]
+        rows = [(*row, f"{ms:.3f}", f"{ms / whole:.1%}") for row, ms in zip(rows, spent, strict=True)]
+    return found, ("Layers", header, rows)
 
 
 def _inspect_network(path: Path, target: runtimes.Target) -> dict[str, Any]:

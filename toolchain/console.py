@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
 from runtimes import Error
+from toolchain.errors import RecipeError
 from toolchain.progress import Status, silent
 from toolchain.report import dumps
 from toolchain.storage import REASONS
@@ -45,6 +46,17 @@ def status(text: str) -> Iterator[Status]:
 def print_json(value: Any) -> None:
     """One line of strict JSON on standard output."""
     sys.stdout.write(dumps(value) + "\n")
+
+
+def parse_dims(texts: Iterable[str] | None) -> dict[str, int]:
+    """Reads what ``--dim`` was given: ``NAME=SIZE`` each. Raises RecipeError."""
+    sizes = {}
+    for text in texts or ():
+        name, _, size = text.partition("=")
+        if not name or not size.isdigit():
+            raise RecipeError(f"not a dimension: {text!r}", where="--dim", hint="write NAME=SIZE, such as sequence=128")
+        sizes[name] = int(size)
+    return sizes
 
 
 class Exit(Exception):

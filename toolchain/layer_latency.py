@@ -131,7 +131,8 @@ def _by_layer(
     main = {node.name: node for node in optimised.graph.node if node.name}
     unnamed = {node.op_type for node in optimised.graph.node if not node.name}
     anchors = {name: anchor for name, node in main.items() if (anchor := _anchor(node)) is not None}
-    leads = _leads(marked, set(anchors.values()))
+    boundaries = {name for each in optimised.graph.node for name in (*each.input, *each.output)}
+    leads = _leads(marked, set(anchors.values()), boundaries)
     times: dict[int, float] = {}
     ops: dict[int, list[str]] = {}
     overhead = 0.0
@@ -156,9 +157,10 @@ def _anchor(node: onnx.NodeProto) -> int | None:
     return next((int(mark[1]) for mark in marks if mark), None)
 
 
-def _leads(nodes: list[ir.Node], anchors: set[int]) -> dict[int, int]:
+def _leads(nodes: list[ir.Node], anchors: set[int], boundaries: set[str]) -> dict[int, int]:
     """For each node that is run, the layer that leads what was fused into it: of the nodes before it that nothing else
-    stands for, the first with a weight, else the first; itself where it has a weight."""
+    stands for and whose values are not there any more, the first with a weight, else the first; itself where it has a
+    weight."""
     position = {node: index for index, node in enumerate(nodes)}
     found = {}
     for anchor in anchors:
@@ -168,9 +170,9 @@ def _leads(nodes: list[ir.Node], anchors: set[int]) -> dict[int, int]:
         waiting = [anchor]
         while waiting:
             for value in nodes[waiting.pop()].inputs:
-                producer = value.producer() if value is not None else None
-                index = position.get(producer) if producer is not None else None
-                if index is None or index in anchors or index in reached or producer is None:
+                producer = value.producer() if value is not None and value.name not in boundaries else None
+                index = None if producer is None else position.get(producer)
+                if producer is None or index is None or index in anchors or index in reached:
                     continue
                 if producer.op_type != "Constant":
                     reached.add(index)

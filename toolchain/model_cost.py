@@ -21,7 +21,7 @@ def feeds_of(model: ir.Model, *, batch: int = 1, dims: Mapping[str, int] | None 
     return seeded_inputs(input_specs(model), batch=batch, dims=dims)
 
 
-def cost_of(model: ir.Model, *, batch: int = 1, dims: Mapping[str, int] | None = None) -> ModelCost:
+def cost_of(model: ir.Model, *, batch: int = 1, dims: Mapping[str, int] | None = None, run: bool = True) -> ModelCost:
     """Parameters, MACs, operations and memory of each node.
 
     Where inference does not find a shape, the model is run once on made-up inputs and the shape is looked at; where it
@@ -30,6 +30,7 @@ def cost_of(model: ir.Model, *, batch: int = 1, dims: Mapping[str, int] | None =
     Args:
         batch: size of the batch dimension.
         dims: sizes of other symbolic dimensions; what is not named is as ``seeded_inputs`` has it.
+        run: whether the model may be run.
 
     Raises:
         DataError: no input has such a dimension.
@@ -40,7 +41,7 @@ def cost_of(model: ir.Model, *, batch: int = 1, dims: Mapping[str, int] | None =
     try:
         known = with_shapes(model, shapes)
         missing = unknown_values(known)
-        if missing:
+        if missing and run:
             shapes.update(_looked_at(known, feeds, missing))
         return model_cost(known, shapes)
     except PassFailed as error:

@@ -60,8 +60,9 @@ def test_residual_blocks_of_a_real_model(assets: Path) -> None:
     convolutions = [layer for layer in found.layers if layer.op_type == "Conv"]
     assert len(convolutions) == 19
     assert all("Conv" in "".join(layer.ran_as) for layer in convolutions)
-    # most of what follows a convolution runs in it: there are 19 Relus and 9 Adds of a shortcut in the graph
-    assert len([layer for layer in found.layers if layer.op_type == "Relu"]) <= 5
+    # the Relu within each block runs in its convolution, and so do some of those after a shortcut's Add
+    assert len([layer for layer in found.layers if layer.op_type == "Relu"]) <= 9
+    assert all(layer.op_type in layer.ran_as[0] for layer in found.layers if layer.op_type in ("Add", "Slice"))
     assert found.overhead_ms < 0.5 * sum(layer.milliseconds for layer in convolutions)
 
 
