@@ -59,6 +59,7 @@ __all__ = [
 #: Target name -> module, and the name of the backend in it. Other distributions add theirs as entry points.
 _BACKENDS = {
     "ort-cpu": "runtimes.ort_cpu:BACKEND",
+    "ort-cuda": "runtimes.ort_cuda:BACKEND",
     "openvino-cpu": "runtimes.openvino_cpu:BACKEND",
     "tensorrt": "runtimes.tensorrt_engine:BACKEND",
     "tensorrt-rtx": "runtimes.tensorrt_engine:RTX",

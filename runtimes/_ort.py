@@ -151,7 +151,8 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "allocate memory" in text or "bad_alloc" in text
 
 
-def _run_error(error: BaseException) -> RunFailed:
+def run_error(error: BaseException) -> RunFailed:
+    """What ONNX Runtime raised in a run, with the node that it names."""
     text, node = _told(error)
     hint = None
     if _out_of_memory(error):
@@ -218,26 +219,42 @@ class OrtSession(Session):
         try:
             return dict(zip(self._names, self._run(self._names, checked, None)))  # noqa: B905 - 80 ns
         except self._failures as error:
-            raise _run_error(error) from error
+            raise run_error(error) from error
 
-    def bind(self, shapes: Mapping[str, Sequence[int]], /) -> OrtBinding:
+    def bind(self, shapes: Mapping[str, Sequence[int]], /) -> Binding:
+        inputs, outputs = self._buffers(shapes)
+        return OrtBinding(self, self._open(), inputs, outputs)
+
+    def _open(self) -> Any:
+        """The session of ONNX Runtime. Raises SessionClosed."""
+        session = self._session  # another thread may close between the look and the use
+        return _closed() if session is None else session
+
+    def _buffers(self, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Arrays for the inputs and the outputs of one set of input shapes."""
         sizes = self._check.shapes(shapes)
-        session = self._session
-        if session is None:
-            _closed()
+        self._open()
         if any(spec.dtype == "string" for spec in self.inputs + self.outputs):
             raise InvalidInput("strings have no fixed size and cannot be bound", hint="use run() for this model")
         inputs = {
-            spec.name: aligned_empty(tuple(int(size) for size in shapes[spec.name]), numpy_dtype(spec.dtype))
+            spec.name: self._empty(tuple(int(size) for size in shapes[spec.name]), numpy_dtype(spec.dtype))
             for spec in self.inputs
         }
         outputs = {
-            name: aligned_empty(shape, numpy_dtype(spec.dtype))
+            name: self._empty(shape, numpy_dtype(spec.dtype))
             for spec, (name, shape) in zip(
-                self.outputs, output_shapes(self.outputs, inputs, sizes, self.run).items(), strict=True
+                self.outputs, output_shapes(self.outputs, inputs, sizes, self._trial).items(), strict=True
             )
         }
-        return OrtBinding(self, session, inputs, outputs)
+        return inputs, outputs
+
+    def _trial(self, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """A run that shows the shapes of outputs."""
+        return self.run(feeds)
+
+    def _empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """An uninitialised array for a binding."""
+        return aligned_empty(shape, dtype)
 
     def close(self) -> None:
         # Threads inside run() hold the session until they are done; whoever comes later gets _closed.
@@ -262,23 +279,20 @@ class OrtBinding(Binding):
         ):
             for spec in specs:
                 array = arrays[spec.name]
-                kind = _FOREIGN[spec.dtype][0] if spec.dtype in _FOREIGN else array.dtype
-                bind(spec.name, "cpu", 0, kind, array.shape, array.ctypes.data)
+                bind(spec.name, "cpu", 0, element_type(spec.dtype), array.shape, array.ctypes.data)
         self._binding = binding._iobinding if hasattr(session, "_sess") else binding
 
     def run(self) -> None:
         try:
             self._owner._run_bound(self._binding, None)
         except self._failures as error:
-            raise _run_error(error) from error
+            raise run_error(error) from error
 
 
 def _run_foreign(
     raw: Any, specs: Sequence[TensorSpec], names: Sequence[str], feeds: Mapping[str, np.ndarray], _: None
 ) -> list[np.ndarray]:
     """Runs a model with a dtype that numpy lacks: such arrays go in and come out as their bits."""
-    import ctypes
-
     from onnxruntime.capi import onnxruntime_pybind11_state as binding
 
     values = {}
@@ -290,15 +304,23 @@ def _run_foreign(
         else:
             device = binding.OrtDevice(binding.OrtDevice.cpu(), binding.OrtDevice.default_memory(), 0)
             values[spec.name] = binding.OrtValue.ortvalue_from_numpy(array, device)
-    results = []
-    by_number = {number: name for name, (number, _) in _FOREIGN.items()}
-    for value in raw.run_with_ort_values(values, list(names), None):
-        foreign = by_number.get(value.element_type())
-        if foreign is None:
-            results.append(value.numpy())
-        else:
-            dtype, shape = numpy_dtype(foreign), tuple(value.shape())
-            size = math.prod(shape) * dtype.itemsize
-            content = ctypes.string_at(value.data_ptr(), size) if size else b""
-            results.append(np.frombuffer(bytearray(content), dtype=dtype).reshape(shape))
-    return results
+    return [value_array(value) for value in raw.run_with_ort_values(values, list(names), None)]
+
+
+def element_type(dtype: str) -> Any:
+    """What ``bind_input`` and ``bind_output`` take for a dtype of ``TensorSpec``."""
+    return _FOREIGN[dtype][0] if dtype in _FOREIGN else numpy_dtype(dtype)
+
+
+def value_array(value: Any) -> np.ndarray:
+    """A copy of what an OrtValue in host memory holds, whether numpy knows its dtype or not."""
+    import ctypes
+
+    foreign = next((name for name, (number, _) in _FOREIGN.items() if number == value.element_type()), None)
+    if foreign is None:
+        array: np.ndarray = value.numpy()
+        return array
+    dtype, shape = numpy_dtype(foreign), tuple(value.shape())
+    size = math.prod(shape) * dtype.itemsize
+    content = ctypes.string_at(value.data_ptr(), size) if size else b""
+    return np.frombuffer(bytearray(content), dtype=dtype).reshape(shape)
