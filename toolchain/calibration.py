@@ -23,6 +23,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -215,7 +216,9 @@ def _pieces(
         whole = not splittable or any(array.ndim == 0 or len(array) != count for array in feeds.values())
         start = max(0, min(count, already - passed))
         while start < count:
-            size = count if whole else min(count - start, step())
+            left = count - start
+            # pieces of one size: a small one at the end takes nearly as long as a whole one
+            size = count if whole else math.ceil(left / math.ceil(left / step()))
             part = feeds if size == count else {name: array[start : start + size] for name, array in feeds.items()}
             yield _Piece(part, passed + start, size)
             start += size
