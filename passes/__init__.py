@@ -71,11 +71,14 @@ PASSES: Mapping[str, type[Pass]] = _Passes(
         "eliminate_dead_code": "EliminateDeadCode",
         "eliminate_noops": "EliminateNoops",
         "equalize_layers": "EqualizeLayers",
+        "factorize_low_rank": "FactorizeLowRank",
         "fold_constants": "FoldConstants",
         "freeze_initializers": "FreezeInitializers",
         "fuse_conv_bn": "FuseConvBn",
         "fuse_hard_sigmoid": "FuseHardSigmoid",
         "fuse_pad": "FusePad",
+        "prune_channels": "PruneChannels",
+        "prune_weights": "PruneWeights",
         "quantize_dynamic": "QuantizeDynamic",
         "quantize_int8": "QuantizeInt8",
         "quantize_weights": "QuantizeWeights",
@@ -177,6 +180,10 @@ def _fits(value: Any, kind: Any) -> bool:
         return any(_fits(value, each) for each in arguments)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(each, arguments[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items()
+        )
     if kind is float:  # 60 is a fine number of seconds; True is not
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:

@@ -19,6 +19,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+#: keys of the model's metadata under which passes record what they did, for the next run to know
+RECORDS = "toolchain."
+
 
 class PassFailed(Exception):
     """A pass cannot go on with this model. The pass loop adds its name and turns it into its typed error."""

@@ -2,7 +2,8 @@
 
 An exported graph carries, in the metadata of every node, the stack trace with the paths of the machine
 that exported it. An artifact must hold no local path and be the same wherever it was built.
-Names of nodes and values stay: layer-by-layer comparison and error messages need them.
+Names of nodes and values stay: layer-by-layer comparison and error messages need them. So does what passes
+recorded of their own doing in the model's metadata.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from passes.base import Outcome, Pass, graphs
+from passes.base import RECORDS, Outcome, Pass, graphs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,10 @@ class StripMetadata(Pass):
     def call(self, model: ir.Model) -> Outcome:
         fired = 0
         if not self.keep_model_metadata:
-            fired += _clear(model)
+            records = {key: text for key, text in model.metadata_props.items() if key.startswith(RECORDS)}
+            fired += bool(model.doc_string) or len(model.metadata_props) > len(records)
+            _clear(model)
+            model.metadata_props.update(records)
         for top in graphs(model):
             # A function and its body are two objects that share one set of metadata.
             fired += _clear(top)

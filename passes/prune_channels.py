@@ -1,0 +1,189 @@
+"""Cuts channels out of a graph: structured pruning, after which tensors are smaller and every runtime is faster.
+
+A channel goes with everything that depends on it: the filter that makes it, its bias and normalisation, the same
+channel of all layers that are added to it, and the slices of weights that read it::
+
+    a = Conv(x, w1 [64, 3, 3, 3])  r = Relu(a)  y = Conv(r, w2 [10, 64, 1, 1])
+    a = Conv(x, w1 [45, 3, 3, 3])  r = Relu(a)  y = Conv(r, w2 [10, 45, 1, 1])
+
+What belongs together is found in the graph (``_channel_groups.py``), channel by channel, through Concat, Split, Slice,
+Pad, Reshape, Transpose, grouped convolutions and attention, where whole heads go. The result is what the whole graph
+computes with zeros in the weights that read the channels (``_channel_cut.masked``); accuracy has to be recovered by
+training or reconstruction. Kept whole, each with its reason in the report: the graph's own outputs, channels that a
+LayerNormalization or Softmax takes statistics over, everything behind an op that is not understood, what is in
+subgraphs and functions, and integer weights: prune before quantising.
+
+Ratios are of the channels that the model had before it was pruned for the first time; the model's metadata remember
+those, so that a second run changes nothing, and one with a larger ratio goes on from there.
+
+Constants are folded first: exporters compute shapes, and even biases, in the graph. Values keep their names, though
+what they hold has fewer channels and, after a cut, other numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from passes._channel_cut import Cut, apply
+from passes._channel_groups import Analysis, Group, analyze
+from passes._channel_scores import KINDS, SCOPES, ChannelScores, importance, plan
+from passes.base import RECORDS, Declined, InvalidOption, Outcome, Pass, PassFailed, label
+from passes.eliminate_dead_code import EliminateDeadCode
+from passes.fold_constants import FoldConstants
+
+_RECORD = f"{RECORDS}prune_channels"
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneChannels(Pass):
+    """Cuts the channels, attention heads and residual blocks that matter least, with all that depends on them.
+
+    Attributes:
+        ratio: how much of its channels a layer loses, from 0 up to, not including, 1.
+        scope: layer takes the ratio of every layer, global of all together, where they matter least.
+        importance: l1 or l2 norm of weights, batch-norm scale, activation or taylor from scores, or random.
+        scores: numbers for activation and taylor, one for each channel of values of the graph.
+        per_layer: ratios of single layers, by name.
+        round_to: what is left is the nearest multiple of this, such as 8, 16 or 32 for the target's kernels.
+        min_channels: a layer keeps so many.
+        exclude: layers that keep all their channels, by name.
+        heads: whether whole attention heads may go.
+        blocks: residual blocks that are taken out as a whole, by the name of the Add that ends them.
+        seed: for random.
+    """
+
+    ratio: float = 0.3
+    scope: str = "layer"
+    importance: str = "l1"
+    scores: ChannelScores | None = dataclasses.field(default=None, repr=False)
+    per_layer: dict[str, float] | None = None
+    round_to: int = 1
+    min_channels: int = 1
+    exclude: tuple[str, ...] = ()
+    heads: bool = True
+    blocks: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, allowed in (("scope", SCOPES), ("importance", KINDS)):
+            if getattr(self, option) not in allowed:
+                raise InvalidOption(
+                    f"option {option} of pass prune_channels is {getattr(self, option)!r}",
+                    hint="wanted: " + ", ".join(allowed),
+                )
+        for name, each in {"ratio": self.ratio, **(self.per_layer or {})}.items():
+            if not 0 <= each < 1:
+                raise InvalidOption(
+                    f"option {'ratio' if name == 'ratio' else 'per_layer'} of pass prune_channels: {name} is {each}",
+                    hint="0 cuts nothing, 0.3 three channels of ten; 1 would leave none",
+                )
+        for option in ("round_to", "min_channels"):
+            if getattr(self, option) < 1:
+                raise InvalidOption(
+                    f"option {option} of pass prune_channels is {getattr(self, option)}", hint="1 or more"
+                )
+
+    def call(self, model: ir.Model) -> Outcome:
+        record = _read_record(model)
+        if record.get("asked") == self._asked():
+            return Outcome(model, False, declined=(Declined("model", "it is pruned like this already"),))
+        # Everything that can fail happens on a copy, which shares the weights.
+        draft = model.clone()
+        prepare(draft)
+        analysis = analyze(draft)
+        groups, declined = self._eligible(draft, analysis)
+        if not groups and not self.blocks:
+            raise _nothing(declined)
+        scores = importance(
+            draft,
+            groups,
+            kind=self.importance,
+            scores=None if self.scores is None else self.scores.scores,
+            seed=self.seed,
+        )
+        dense = {group.name: group.count for group in groups} | record.get("dense", {})
+        cut = plan(
+            groups,
+            scores,
+            ratio=self.ratio,
+            scope=self.scope,
+            per_layer=self.per_layer,
+            round_to=self.round_to,
+            min_channels=self.min_channels,
+            exclude=self._known_excludes(groups, analysis),
+            dense=dense,
+        )
+        gone = set(record.get("blocks", ()))
+        cut = Cut(cut.channels, tuple(name for name in self.blocks if name not in gone))
+        declined += tuple(
+            Declined(group.name, f"importance {self.importance} knows nothing of it")
+            for group in groups
+            if group.name not in scores
+        )
+        if not cut.count:
+            return Outcome(model, False, declined=declined)
+        apply(draft, cut)  # the rehearsal: what raises here leaves the model as it was
+        prepare(model)
+        apply(model, cut)
+        EliminateDeadCode()(model)
+        written = {"asked": self._asked(), "dense": dense, "blocks": sorted(gone | set(cut.blocks))}
+        model.metadata_props[_RECORD] = json.dumps(written, sort_keys=True)
+        return Outcome(model, True, fired=cut.count, declined=declined)
+
+    def _asked(self) -> dict[str, Any]:
+        """What decides how much goes; which channels go is then decided already."""
+        left_out = ("importance", "scores", "seed")
+        asked = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
+        loaded: dict[str, Any] = json.loads(json.dumps(asked))
+        return loaded
+
+    def _eligible(self, model: ir.Model, analysis: Analysis) -> tuple[list[Group], tuple[Declined, ...]]:
+        """The groups that may be cut, and what may not be, with the reason."""
+        groups, declined = [], list(analysis.declined)
+        for group in analysis.groups:
+            if group.kind == "heads" and not self.heads:
+                declined.append(Declined(group.name, "attention heads are to be kept"))
+            elif group.count == 1:
+                declined.append(Declined(group.name, "it has one channel alone that could go"))
+            else:
+                groups.append(group)
+        return groups, tuple(declined)
+
+    def _known_excludes(self, groups: Sequence[Group], analysis: Analysis) -> tuple[str, ...]:
+        """The excluded layers that would be cut: one that is kept anyway may be named all the same."""
+        kept = {label(layer.node) for layer in analysis.graph.layers} - {n for g in groups for n in g.layers}
+        return tuple(name for name in self.exclude if name not in kept)
+
+
+def prepare(model: ir.Model) -> bool:
+    """Folds constants and removes what they leave behind, in place; ``find_groups`` sees further then.
+
+    Returns:
+        Whether anything was changed.
+    """
+    outcomes = [each(model) for each in (FoldConstants(), EliminateDeadCode())]
+    return any(outcome.modified for outcome in outcomes)
+
+
+def _nothing(declined: Sequence[Declined]) -> PassFailed:
+    first = "; ".join(f"{each.node}: {each.reason}" for each in declined[:3])
+    what = (
+        "no layer of the main graph can be cut" if declined else "the model has no layer with a constant float weight"
+    )
+    return PassFailed(
+        f"{what}{': ' + first if first else ''}", hint="prune before quantising, and leave the model as it is"
+    )
+
+
+def _read_record(model: ir.Model) -> dict[str, Any]:
+    """What an earlier run wrote; empty where there was none, or somebody wrote something else."""
+    try:
+        record = json.loads(model.metadata_props.get(_RECORD, "{}"))
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
