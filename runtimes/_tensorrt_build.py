@@ -192,6 +192,7 @@ class _Phases:
 
     def __init__(self) -> None:
         self._open: dict[str, tuple[str | None, int, int]] = {}
+        self._most = 0.0
         self._lock = threading.Lock()
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
@@ -209,10 +210,15 @@ class _Phases:
             self._open.pop(name, None)
 
     def share(self) -> float | None:
-        """The share of the outermost phase that is done; None before the first."""
+        """The share of the outermost phase that is done; None before the first. It never falls: a phase may end
+        without a step of the one that it lies in.
+        """
         with self._lock:
             top = next((name for name, (parent, *_) in self._open.items() if parent not in self._open), None)
-            return None if top is None else self._share_of(top)
+            if top is None:
+                return None
+            self._most = max(self._most, self._share_of(top))
+            return self._most
 
     def _share_of(self, name: str) -> float:
         _, steps, done = self._open[name]
@@ -259,22 +265,28 @@ def _in_thread(work: Callable[[], Engine], monitor: Any) -> Engine:
     """Runs the builder beside this thread, so that Ctrl-C arrives here and not inside native code."""
     results: list[Engine] = []
     failures: list[BaseException] = []
+    done = threading.Event()
 
     def run() -> None:
         try:
             results.append(work())
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             failures.append(error)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=run, name="tensorrt-build")
     thread.start()
     try:
-        while thread.is_alive():
-            thread.join(0.1)
+        # an event, since Python 3.11 takes a thread for ended when its join() is interrupted
+        while not done.wait(0.1):
+            pass
     except BaseException:
         monitor.cancelled = True
-        thread.join()
+        done.wait()
         raise
+    finally:
+        thread.join()
     if failures:
         raise failures[0]
     return results[0]
