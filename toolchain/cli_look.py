@@ -229,8 +229,7 @@ def doctor(json: Json = False) -> None:
     m = found.machine
     console.out.print(Text(f"{m.cpu}, {m.cores} cores, {m.memory / 1e9:.1f} GB; {m.system}; Python {m.python}"))
     console.out.print(Text(f"cache: {found.cache}, {found.cache_free / 1e9:.1f} GB free"))
-    rows = [(name, *_state(a)) for name, a in found.runtimes.items()]
-    console.out.print(table(("Runtimes", ("target", "works", "version", "why not", "what mends it"), rows)))
+    console.out.print(table(_targets_section("Runtimes", found.runtimes)))
     rows = [(name, *_state(a)) for name, a in found.sources.items()]
     console.out.print(
         table(("Sources of models and data", ("from", "works", "version", "why not", "what mends it"), rows))
@@ -243,15 +242,29 @@ def _state(state: runtimes.Availability) -> tuple[str, str, str, str]:
     return "yes" if state.available else "no", state.version or "-", state.reason or "-", state.remedy or "-"
 
 
+def _targets_section(title: str, states: dict[str, runtimes.Availability]) -> Rows:
+    rows = []
+    for name, state in states.items():
+        runs, *rest = _state(state)
+        rows.append((name, runs, "yes" if _builds(name, state) else "no", *rest))
+    return title, ("target", "runs", "builds", "version", "why not", "what mends it"), rows
+
+
+def _builds(name: str, state: runtimes.Availability) -> bool:
+    """Whether it can be compiled for here: some compile for devices that are not. What is not installed is not asked."""
+    if state.available or state.version is None:
+        return state.available
+    return runtimes.backend(name).can_compile(runtimes.Target(name)).available
+
+
 @looking.command()
 def targets(json: Json = False) -> None:
-    """Lists the targets of `build`, and whether each works here."""
+    """Lists the targets of `build`, whether each runs here, and whether it can be built for here."""
     found = runtimes.available()
     if json:
-        console.print_json(found)
+        console.print_json({name: {**to_json(a), "builds": _builds(name, a)} for name, a in found.items()})
         return
-    rows = [(name, *_state(a)) for name, a in found.items()]
-    console.out.print(table(("Targets", ("target", "works", "version", "why not", "what mends it"), rows)))
+    console.out.print(table(_targets_section("Targets", found)))
 
 
 @looking.command()

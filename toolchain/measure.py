@@ -86,12 +86,15 @@ def measure(line: Line, lowered: Lowered, target: runtimes.Target) -> tuple[Vari
         ground = {"compiled": key, "benchmark": recipe.benchmark.model_dump(), "cores": usable_cores()}
         ground |= {"dims": recipe.dims}
         bench = _benchmarked(line, ground, functools.partial(_benchmark, line, variant, folder))
-    size = sum(file.stat().st_size for file in (folder / "files").glob("model.onnx*"))
+    files = folder / "files"
+    size = sum(file.stat().st_size for file in files.glob("model.onnx*"))
+    prepared = sum(file.stat().st_size for file in (files / "prepared").rglob("*") if file.is_file())
     report = VariantReport(
         name=variant.name,
         target=str(target),
         precision=variant.precision,
         size=size,
+        prepared_size=prepared or None,
         fidelity=fidelity,
         accuracy=accuracy,
         benchmark=bench,

@@ -67,13 +67,14 @@ def sections(report: BuildReport) -> list[Rows]:
             v.target,
             v.precision,
             megabytes(v.size),
+            "-" if v.prepared_size is None else megabytes(v.prepared_size),
             milliseconds(v.benchmark.rows[0].percentiles_ms[50]) if v.benchmark else "-",
             "not run here" if v.benchmark is None else "yes" if v.benchmark.rows[0].valid else "not valid, see below",
         )
         for v in report.variants
     ]
     batch = next((f", batch {v.benchmark.rows[0].batch}" for v in report.variants if v.benchmark), "")
-    header = ("variant", "target", "precision", "model size", f"p50 ms{batch}", "valid")
+    header = ("variant", "target", "precision", "model size", "prepared", f"p50 ms{batch}", "valid")
     found.append(("Variants, best first", header, rows))
     rows = [
         ("ONNX against PyTorch", name, f"{e.max_abs:.2g}", decibels(e), percent(e.top1_agreement))

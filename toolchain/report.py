@@ -34,6 +34,7 @@ class VariantReport:
     Attributes:
         name, target, precision: of the variant.
         size: bytes of the portable model.
+        prepared_size: bytes of the form that is bound to this machine or to a kind of GPU; None where there is none.
         benchmark: None where its device is not here.
         int8: how it was quantised; None at other precisions.
         not_run: why it was not run here, so that its graph was verified on the reference runtime instead.
@@ -44,6 +45,7 @@ class VariantReport:
     target: str
     precision: str
     size: int
+    prepared_size: int | None
     fidelity: Fidelity
     accuracy: Accuracy | None
     benchmark: BenchReport | None
