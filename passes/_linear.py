@@ -89,7 +89,10 @@ class Linear:
             raise NotLinear(f"{label(self.node)}: the new numbers leave the range of {self._tensor().dtype.name}")
 
     def write(self, scope: Scope, names: Names) -> None:
-        """Gives the node the weight and bias, as new constants named after its output. ``check`` comes first."""
+        """Gives the node the weight and bias, as new constants named after its output. ``check`` comes first.
+
+        A MatMul that got a bias becomes a Gemm: its input has to be a matrix.
+        """
         node, tensor = self.node, self._tensor()
         dtype = tensor.dtype.numpy()
         base = str(node.outputs[0].name)
@@ -97,7 +100,8 @@ class Linear:
         replaced = list(node.inputs[1:])
         node.replace_input_with(1, new_constant(scope, weight, names.fresh(f"{base}_weight"), before=node))
         if self.bias is not None:
-            assert node.op_type != "MatMul", "MatMul takes no bias"
+            if node.op_type == "MatMul":
+                node.op_type = "Gemm"
             value = new_constant(scope, self.bias.astype(dtype), names.fresh(f"{base}_bias"), before=node)
             set_inputs(node, [node.inputs[0], node.inputs[1], value])
             if node.op_type == "Gemm":
@@ -114,8 +118,10 @@ class Linear:
         return oriented(self.node, self.weight, shape)
 
 
-def read_linear(node: ir.Node, *, shared: bool = False) -> Linear:
+def read_linear(node: ir.Node, *, shared: bool = False, any_input: bool = False) -> Linear:
     """Reads a layer; one whose weight others read too only if ``shared``.
+
+    ``any_input``: a Gemm with transA too, whose channels are rows of its input: only its outputs may be scaled.
 
     Raises:
         NotLinear: its numbers are not constant, or not its own; the message says which.
@@ -130,7 +136,7 @@ def read_linear(node: ir.Node, *, shared: bool = False) -> Linear:
         raise NotLinear(f"{label(node)}: its weight is {tensor.dtype.name.lower()}")
     if not shared and (len(value.uses()) != 1 or value.is_graph_output()):
         raise NotLinear(f"{label(node)}: its weight is shared")
-    weight = canonical(node, tensor.numpy())
+    weight = canonical(node, tensor.numpy(), any_input=any_input)
     outputs = weight.shape[0] * weight.shape[1]
     if node.op_type == "MatMul":
         return Linear(node, weight, None)
@@ -146,13 +152,21 @@ def read_linear(node: ir.Node, *, shared: bool = False) -> Linear:
     if alpha is None or beta is None:
         raise NotLinear(f"{label(node)}: its attributes are not constant")
     if bias is not None:
-        if bias.size not in (1, outputs) or bias.shape[-1:] not in ((), (1,), (outputs,)):
+        bias = one_row(bias, outputs)
+        if bias is None:
             raise NotLinear(f"{label(node)}: its C differs from row to row")
-        bias = np.broadcast_to(beta * bias.reshape(-1), (outputs,)).copy()
+        bias = beta * bias
     return Linear(node, weight, bias, alpha)
 
 
-def canonical(node: ir.Node, data: np.ndarray) -> np.ndarray:
+def one_row(c: np.ndarray, channels: int) -> np.ndarray | None:
+    """A new vector [channels] that stands for Gemm's C; None where C differs from row to row."""
+    if c.ndim and (c.size != c.shape[-1] or c.size not in (1, channels)):
+        return None
+    return np.broadcast_to(c.reshape(-1), (channels,)).copy()
+
+
+def canonical(node: ir.Node, data: np.ndarray, *, any_input: bool = False) -> np.ndarray:
     """A new float64 array [g, O/g, I/g, taps] of the weight ``data`` of a layer. Raises NotLinear."""
     if node.op_type in ("Conv", "ConvTranspose"):
         group = attribute_int(node, "group", 1)
@@ -165,7 +179,7 @@ def canonical(node: ir.Node, data: np.ndarray) -> np.ndarray:
     transposed: int | None = 0
     if node.op_type == "Gemm":
         transposed = attribute_int(node, "transB", 0)
-        if transposed is None or attribute_int(node, "transA", 0) != 0:
+        if transposed is None or (not any_input and attribute_int(node, "transA", 0) != 0):
             raise NotLinear(f"{label(node)}: its channels are not in columns")
     matrix = data if transposed else data.T
     return np.array(matrix, dtype=np.float64, order="C").reshape(1, *matrix.shape, 1)

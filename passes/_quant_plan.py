@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from passes._graph import array, attribute_float, attribute_int, constant, given, is_op, scalar
+from passes._linear import one_row
 from passes._quant import TensorRange
 from passes.base import Declined, label
 
@@ -262,9 +263,10 @@ def _gemm(node: ir.Node, weight: ir.Value | None, bias: np.ndarray | None) -> La
     assert tensor is not None
     channels = tensor.numpy().shape[axis]
     if bias is not None:
-        if bias.size not in (1, channels) or bias.shape[-1:] not in ((), (1,), (channels,)):
+        bias = one_row(bias, channels)
+        if bias is None:
             raise Decline("its C differs from row to row")
-        bias = np.ascontiguousarray(np.broadcast_to(bias.reshape(-1), (channels,)) * np.float32(beta))
+        bias *= np.float32(beta)
     return Layer(node, weight, axis, bias, alpha)
 
 

@@ -26,7 +26,6 @@ import numpy as np
 import onnx_ir as ir
 
 from passes._graph import (
-    FLOATS,
     Names,
     Scope,
     array,
@@ -34,23 +33,19 @@ from passes._graph import (
     attribute_int,
     attribute_ints,
     can_replace,
-    constant,
     given,
     is_op,
-    new_constant,
     only_use,
     rank,
     remove,
     replace,
     scopes,
-    set_inputs,
 )
+from passes._linear import LINEAR, Linear, NotLinear, read_linear
 from passes.base import Declined, Outcome, Pass, label
 
-_LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
-
-class _Decline(Exception):
+class _Decline(NotLinear):
     """Why a BatchNormalization stays."""
 
 
@@ -75,7 +70,7 @@ class FuseConvBn(Pass):
                 try:
                     self._fuse(scope, node, names)
                     fired += 1
-                except _Decline as reason:
+                except NotLinear as reason:
                     declined.append(Declined(label(node), str(reason)))
         return Outcome(model, fired > 0, fired=fired, declined=tuple(declined))
 
@@ -83,14 +78,15 @@ class FuseConvBn(Pass):
         source = node.inputs[0]
         assert source is not None
         linear = source.producer()
-        if is_op(linear, *_LINEAR) and linear is not None and linear.graph is node.graph:
+        if is_op(linear, *LINEAR) and linear is not None and linear.graph is node.graph:
             if only_use(source) is None:
                 raise _Decline(f"{label(linear)}: something else reads its output too")
-            _after(scope, linear, node, *_scale_and_shift(scope, node), names)
+            found = read_linear(linear, shared=True, any_input=True)
+            _after(scope, found, node, *_scale_and_shift(scope, node), names)
             return
         user = only_use(node.outputs[0])
-        if self.before and is_op(user, *_LINEAR) and user is not None and user.graph is node.graph:
-            _before(scope, node, user, *_scale_and_shift(scope, node), names)
+        if self.before and is_op(user, *LINEAR) and user is not None and user.graph is node.graph:
+            _before(scope, node, read_linear(user, shared=True), *_scale_and_shift(scope, node), names)
             return
         raise _Decline("no Conv, ConvTranspose, Gemm or MatMul of its own beside it")
 
@@ -118,167 +114,51 @@ def _scale_and_shift(scope: Scope, node: ir.Node) -> tuple[np.ndarray, np.ndarra
     return scale, shift
 
 
-def _weight(linear: ir.Node) -> np.ndarray:
-    tensor = constant(given(linear, 1))
-    if tensor is None:
-        raise _Decline(f"{label(linear)}: its weight is not constant")
-    if tensor.dtype not in FLOATS:
-        raise _Decline(f"{label(linear)}: its weight is {tensor.dtype.name}")
-    return tensor.numpy()
-
-
-def _bias(linear: ir.Node) -> np.ndarray | None:
-    value = given(linear, 2)
-    if value is None:
-        return None
-    data = array(value)
-    if data is None:
-        raise _Decline(f"{label(linear)}: its bias is not constant")
-    return data.astype(np.float64)
-
-
-def _group(linear: ir.Node) -> int:
-    group = attribute_int(linear, "group", 1)
-    if group is None:
-        raise _Decline(f"{label(linear)}: its group is not constant")
-    return group
-
-
-def _multiply(weight: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Product in the weight's own type; float16 and bfloat16 are computed in float32 and rounded once."""
-    wide = np.float64 if weight.dtype == np.float64 else np.float32
-    product: np.ndarray = weight.astype(wide, copy=False) * factors.astype(wide)
-    return product
-
-
-def _rounded(data: np.ndarray, dtype: np.dtype, linear: ir.Node) -> np.ndarray:
-    with np.errstate(over="ignore", invalid="ignore"):
-        result = data.astype(dtype, copy=False)
-        # Finite only if every element is, and one pass without a second array of flags.
-        total = np.sum(result, dtype=np.float64)
-    if not np.isfinite(total):
-        raise _Decline(f"{label(linear)}: the fused weights leave the range of {dtype}")
-    return result
-
-
-def _gemm(linear: ir.Node) -> tuple[float, float, bool]:
-    alpha, beta = attribute_float(linear, "alpha", 1.0), attribute_float(linear, "beta", 1.0)
-    transposed = attribute_int(linear, "transB", 0)
-    if alpha is None or beta is None or transposed is None:
-        raise _Decline(f"{label(linear)}: its attributes are not constant")
-    return alpha, beta, bool(transposed)
-
-
-def _row(bias: np.ndarray | None, beta: float, count: int, linear: ir.Node) -> np.ndarray:
-    """Gemm's C as one float64 vector over the output's columns."""
-    if bias is None:
-        return np.zeros(count)
-    if bias.ndim > 2 or (bias.ndim == 2 and bias.shape[0] != 1) or bias.shape[-1:] not in ((), (1,), (count,)):
-        raise _Decline(f"{label(linear)}: its C differs from row to row")
-    return np.broadcast_to(beta * bias.reshape(-1), (count,)).astype(np.float64)
-
-
-def _after(
-    scope: Scope,
-    linear: ir.Node,
-    bn: ir.Node,
-    scale: np.ndarray,
-    shift: np.ndarray,
-    names: Names,
-) -> None:
+def _after(scope: Scope, linear: Linear, bn: ir.Node, scale: np.ndarray, shift: np.ndarray, names: Names) -> None:
     """linear -> BN becomes linear with other weights, and takes over the name of BN's output."""
-    weight, bias = _weight(linear), _bias(linear) if linear.op_type != "MatMul" else None
-    channels = len(scale)
-    if linear.op_type == "Conv":
-        _expect(weight.shape[0] == channels, linear)
-        fused = _multiply(weight, scale.reshape(-1, *[1] * (weight.ndim - 1)))
-    elif linear.op_type == "ConvTranspose":
-        group = _group(linear)
-        _expect(weight.shape[1] * group == channels, linear)
-        grouped = weight.reshape(group, -1, *weight.shape[1:])  # (group, in a group, out a group, kernel...)
-        factors = scale.reshape(group, 1, -1, *[1] * (weight.ndim - 2))
-        fused = _multiply(grouped, factors).reshape(weight.shape)
-    elif linear.op_type == "Gemm":
-        _, beta, transposed = _gemm(linear)
-        _expect(weight.ndim == 2 and weight.shape[0 if transposed else 1] == channels, linear)
-        bias = _row(bias, beta, channels, linear)
-        fused = _multiply(weight, scale[:, None] if transposed else scale[None, :])
-    else:
-        _expect_matrix(linear, weight, linear.outputs[0])
-        _expect(weight.shape[1] == channels, linear)
-        fused = _multiply(weight, scale[None, :])
-    total = shift if bias is None else scale * bias + shift
-    if not can_replace(bn.outputs[0], linear.outputs[0]):
+    _expect(linear, linear.outputs, scale)
+    linear.scale_outputs(scale)
+    linear.bias = shift if linear.bias is None else linear.bias + shift
+    result, output = linear.node.outputs[0], bn.outputs[0]
+    if not can_replace(output, result):
         raise _Decline("an output of the graph would lose its name")
-    _rewrite(scope, linear, fused, total, names, weight.dtype, output=bn.outputs[0])
+    linear.check()
+    if not output.is_graph_output():
+        name, shape = output.name, output.shape
+        output.name = None
+        result.name = name
+        result.shape = shape if shape is not None else result.shape
+    replace(output, result)
     remove(bn)
+    linear.write(scope, names)
 
 
-def _before(
-    scope: Scope,
-    bn: ir.Node,
-    linear: ir.Node,
-    scale: np.ndarray,
-    shift: np.ndarray,
-    names: Names,
-) -> None:
+def _before(scope: Scope, bn: ir.Node, linear: Linear, scale: np.ndarray, shift: np.ndarray, names: Names) -> None:
     """BN -> linear becomes linear with other weights."""
-    if linear.inputs[0] is not bn.outputs[0]:
-        raise _Decline(f"{label(linear)}: it reads the normalised value as its weight")
-    weight, bias = _weight(linear), _bias(linear) if linear.op_type != "MatMul" else None
-    channels = len(scale)
-    wide = weight.astype(np.float64)
-    if linear.op_type in ("Conv", "ConvTranspose"):
-        group = _group(linear)
-        _expect(channels % group == 0 and weight.ndim > 2, linear)
-        kernel = [1] * (weight.ndim - 2)
-        if linear.op_type == "Conv":
-            _expect(weight.shape[1] * group == channels and weight.shape[0] % group == 0, linear)
-            if shift.any() and not _without_padding(linear):
-                raise _Decline(f"{label(linear)}: it pads with zeros, which the shift does not reach")
-            grouped = weight.reshape(group, -1, *weight.shape[1:])  # (group, out a group, in a group, kernel...)
-            fused = _multiply(grouped, scale.reshape(group, 1, -1, *kernel)).reshape(weight.shape)
-            sums = wide.reshape(group, -1, *weight.shape[1:]).sum(axis=tuple(range(3, weight.ndim + 1)))
-            moved = np.einsum("goi,gi->go", sums, shift.reshape(group, -1)).reshape(-1)
-        else:
-            _expect(weight.shape[0] == channels, linear)
-            if shift.any():
-                raise _Decline(f"{label(linear)}: its border sums fewer taps, so a shift is no constant")
-            fused = _multiply(weight, scale.reshape(-1, 1, *kernel))
-            moved = np.zeros(weight.shape[1] * group)
-        total = moved if bias is None else bias + moved
-    elif linear.op_type == "Gemm":
-        alpha, beta, transposed = _gemm(linear)
-        if attribute_int(linear, "transA", 0) != 0:
-            raise _Decline(f"{label(linear)}: transA turns channels into rows")
-        matrix = wide.T if transposed else wide  # (in, out)
-        _expect(matrix.shape[0] == channels, linear)
-        fused = _multiply(weight, scale[None, :] if transposed else scale[:, None])
-        total = _row(bias, beta, matrix.shape[1], linear) + alpha * (shift @ matrix)
-    else:
-        _expect_matrix(linear, weight, linear.outputs[0])
-        _expect(weight.shape[0] == channels, linear)
-        fused = _multiply(weight, scale[:, None])
-        total = shift @ wide
-    source = bn.inputs[0]
-    if bias is None and not total.any() and linear.op_type != "Gemm":
-        rounded = _rounded(fused, weight.dtype, linear)
-        _set_weight(scope, linear, rounded, names, str(linear.outputs[0].name))
-    else:
-        _rewrite(scope, linear, fused, total, names, weight.dtype, output=None)
-    linear.replace_input_with(0, source)
+    node = linear.node
+    _expect(linear, linear.inputs, scale)
+    if shift.any() and node.op_type == "Conv" and not _without_padding(node):
+        raise _Decline(f"{label(node)}: it pads with zeros, which the shift does not reach")
+    if shift.any() and node.op_type == "ConvTranspose":
+        raise _Decline(f"{label(node)}: its border sums fewer taps, so a shift is no constant")
+    groups = linear.weight.shape[0]
+    moved = linear.alpha * np.einsum("goit,gi->go", linear.weight, shift.reshape(groups, -1)).reshape(-1)
+    linear.scale_inputs(scale)
+    if linear.bias is not None or moved.any():
+        linear.bias = moved if linear.bias is None else linear.bias + moved
+    linear.check()
+    node.replace_input_with(0, bn.inputs[0])
     remove(bn)
+    linear.write(scope, names)
 
 
-def _expect(fits: bool, linear: ir.Node) -> None:
-    if not fits:
-        raise _Decline(f"{label(linear)}: its weight does not have as many channels as the normalisation")
-
-
-def _expect_matrix(linear: ir.Node, weight: np.ndarray, output: ir.Value) -> None:
+def _expect(linear: Linear, channels: int, scale: np.ndarray) -> None:
+    node = linear.node
     # On more than two dimensions BN's channel is axis 1, and MatMul's is the last.
-    if weight.ndim != 2 or rank(output) != 2:
-        raise _Decline(f"{label(linear)}: not known to be a product of two matrices")
+    if node.op_type == "MatMul" and rank(node.outputs[0]) != 2:
+        raise _Decline(f"{label(node)}: not known to be a product of two matrices")
+    if channels != len(scale):
+        raise _Decline(f"{label(node)}: its weight does not have as many channels as the normalisation")
 
 
 def _without_padding(conv: ir.Node) -> bool:
@@ -287,38 +167,3 @@ def _without_padding(conv: ir.Node) -> bool:
         return True
     pads = attribute_ints(conv, "pads")
     return mode == "NOTSET" and ("pads" not in conv.attributes or (pads is not None and not any(pads)))
-
-
-def _set_weight(scope: Scope, linear: ir.Node, weight: np.ndarray, names: Names, base: str) -> None:
-    linear.replace_input_with(1, new_constant(scope, weight, names.fresh(f"{base}_weight"), before=linear))
-
-
-def _rewrite(
-    scope: Scope,
-    linear: ir.Node,
-    weight: np.ndarray,
-    bias: np.ndarray,
-    names: Names,
-    dtype: np.dtype,
-    *,
-    output: ir.Value | None,
-) -> None:
-    """Gives the layer its new weights and bias; a MatMul becomes the Gemm that it is with a bias."""
-    new_weight = _rounded(weight, dtype, linear)
-    new_bias = _rounded(bias, dtype, linear)
-    base = str((output or linear.outputs[0]).name)
-    if linear.op_type == "MatMul":
-        linear.op_type = "Gemm"
-    elif linear.op_type == "Gemm":
-        linear.attributes.add(ir.AttrFloat32("beta", 1.0))
-    set_inputs(linear, [linear.inputs[0], linear.inputs[1], None])
-    _set_weight(scope, linear, new_weight, names, base)
-    linear.replace_input_with(2, new_constant(scope, new_bias, names.fresh(f"{base}_bias"), before=linear))
-    if output is not None:
-        result = linear.outputs[0]
-        if not output.is_graph_output():
-            name, shape = output.name, output.shape
-            output.name = None
-            result.name = name
-            result.shape = shape if shape is not None else result.shape
-        replace(output, result)

@@ -545,3 +545,11 @@ def test_more_outliers_than_a_range_can_hold() -> None:
     limits = calibration.ranges["y"]
     assert got.min() >= limits.low - 0.1
     assert got.max() <= limits.high + 0.1
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (6, 6)])
+def test_a_c_that_differs_from_row_to_row_is_no_bias(shape: tuple[int, int]) -> None:
+    """As many rows as columns: the number of elements does not tell them apart."""
+    proto = graph("y = Gemm (x, w, c)", "float[6, 4] x", "float[6, 6] y", w=normal(4, 6), c=normal(*shape, scale=2))
+    _, outcome = quantise(proto)
+    assert [d.reason for d in outcome.declined] == ["its C differs from row to row"]
