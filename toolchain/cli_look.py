@@ -251,7 +251,7 @@ def _targets_section(title: str, states: dict[str, runtimes.Availability]) -> Ro
 
 
 def _builds(name: str, state: runtimes.Availability) -> bool:
-    """Whether it can be compiled for here: some compile for devices that are not. What is not installed is not asked."""
+    """Whether it can be compiled for here: some compile for devices that are not. What is absent is not asked."""
     if state.available or state.version is None:
         return state.available
     return runtimes.backend(name).can_compile(runtimes.Target(name)).available
