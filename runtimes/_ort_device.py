@@ -15,7 +15,7 @@ from runtimes import _cuda
 from runtimes._device_array import DeviceArray, on_device
 from runtimes._inputs import InputCheck, check_place, numpy_dtype
 from runtimes._ort import OrtSession, element_type, run_error, value_array
-from runtimes.base import Binding, Place, Target
+from runtimes.base import Binding, InvalidInput, Place, Target
 
 #: How many sets of shapes a session records a graph of; the others run without.
 _GRAPHS = 32
@@ -100,6 +100,11 @@ class OrtCudaSession(OrtSession):
 
     def _run_once(self, session: Any, checked: Mapping[str, Any], place: Place) -> dict[str, Any]:
         """Runs through IO binding, without a graph."""
+        if any(spec.dtype == "string" for spec in self.inputs + self.outputs):
+            raise InvalidInput(
+                "a model with strings runs from numpy arrays to numpy arrays only",
+                hint="give every input as a numpy array and leave outputs= out; without cuda_graph",
+            )
         binding = session.io_binding()
         held = []
         for spec in self.inputs:
