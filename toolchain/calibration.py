@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 
     from toolchain.evaluate import Feeds
 
-#: elements of all observed tensors that one run may give (8 MB in float32): more does not go faster, and is memory
-_RUN_ELEMENTS = 2_000_000
+#: elements of all observed tensors that one run may give (16 MB in float32)
+_RUN_ELEMENTS = 4_000_000
 #: pieces that wait for them: with none, a worker that is done waits for the next to be read
 _AHEAD = 2
 
@@ -153,34 +153,35 @@ def _gather(
     When it ends, in whatever way, what was run was taken in: the threads are not interrupted by Ctrl-C.
     """
     saved = time.monotonic()
-    running: collections.deque[tuple[concurrent.futures.Future[int], _Piece]] = collections.deque()
+    running: collections.deque[tuple[concurrent.futures.Future[float], _Piece]] = collections.deque()
     lock = threading.Lock()
-    per_sample = 0
+    per_element = 0.0
 
-    def take(piece: _Piece, before: concurrent.futures.Future[int] | None) -> int:
-        """Elements of a sample in all that is observed."""
+    def take(piece: _Piece, before: concurrent.futures.Future[float] | None) -> float:
+        """Elements of all that is observed, for each element that was fed."""
         values = watched.run(piece.feeds)
-        elements: int = sum(value.size for value in values.values()) // piece.count
+        ratio = sum(value.size for value in values.values()) / max(1, _size(piece.feeds))
         if before is not None:
             before.result()
         with lock:
             found.add(values, piece.count)
-        return elements
+        return ratio
 
     def settle() -> None:
-        nonlocal per_sample
+        nonlocal per_element
         future, piece = running.popleft()
         try:
-            per_sample = max(per_sample, future.result())
+            per_element = max(per_element, future.result())
         except NonFinite:
             _blame(watched, piece)
         on_progress(piece.first + piece.count)
 
-    def step() -> int:
-        # The first sample, run alone, shows how large they are.
-        while not per_sample and running:
+    def step(elements: float) -> int:
+        """How many samples to run at once, of so many elements each."""
+        # The first sample, run alone, shows how much comes of it.
+        while not per_element and running:
             settle()
-        return max(1, _RUN_ELEMENTS // per_sample) if per_sample else 1
+        return max(1, int(_RUN_ELEMENTS / max(1.0, per_element * elements))) if per_element else 1
 
     with concurrent.futures.ThreadPoolExecutor(WORKERS, "calibrate") as pool:
         for piece in _pieces(watched.session, batches, found, step):
@@ -199,7 +200,7 @@ def _pieces(
     session: runtimes.Session,
     batches: Iterable[Batch | Mapping[str, Any]],
     found: Observed,
-    step: Callable[[], int],
+    step: Callable[[float], int],
 ) -> Iterator[_Piece]:
     """The batches in small pieces, without the samples that were taken in before."""
     splittable = all(spec.shape and not isinstance(spec.shape[0], int) for spec in session.inputs)
@@ -218,7 +219,7 @@ def _pieces(
         while start < count:
             left = count - start
             # pieces of one size: a small one at the end takes nearly as long as a whole one
-            size = count if whole else math.ceil(left / math.ceil(left / step()))
+            size = count if whole else math.ceil(left / math.ceil(left / step(_size(feeds) / count)))
             part = feeds if size == count else {name: array[start : start + size] for name, array in feeds.items()}
             yield _Piece(part, passed + start, size)
             start += size
@@ -265,6 +266,10 @@ def _feeds(batch: Batch | Mapping[str, Any], number: int) -> Feeds:
             f"a batch is a {type(batch).__name__}", where=f"batch {number}", hint="yield {input: array} for every batch"
         )
     return {str(name): np.asarray(array) for name, array in batch.items()}
+
+
+def _size(feeds: Feeds) -> int:
+    return sum(array.size for array in feeds.values())
 
 
 def _count(feeds: Feeds) -> int:

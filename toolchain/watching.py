@@ -12,22 +12,21 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
 import runtimes
-from runtimes._ort import make_session
+from runtimes._ort import OrtSession, make_session
 from toolchain.machine import usable_cores
 from toolchain.observation import Plan, plan
 from toolchain.storage import reported
-from toolchain.wiring import Wiring, more_outputs, read_wiring, wiring_of
+from toolchain.wiring import Wiring, read_wiring, wiring_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 WORKERS = 2
 #: blocks have as many channels or a divisor of it: a tensor whose channels are a multiple has no padding in its blocks
 _LARGEST_BLOCK = 16
+_NO_SPACE = "free some space, or set TMPDIR to another disk"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,57 +73,76 @@ def watch(model: ir.Model | Path, *, channels: bool = False) -> Watched:
         InvalidModel, GraphError, CompileFailed: the model cannot be read or run.
         StorageError: no space for a temporary copy.
     """
-    wiring = read_wiring(model) if isinstance(model, Path) else None
-    if wiring is not None:
-        assert isinstance(model, Path)
+    if isinstance(model, Path):
+        read = read_wiring(model)
+        if read is None:
+            import onnx_ir as ir
+
+            found = watch(ir.load(model), channels=channels)
+            gc.collect()  # nodes and values refer to each other, so they and their weights do not go by themselves
+            return found
+        wiring, proto = read
         planned = plan(wiring, channels=channels)
+        proto.graph.output.extend(
+            onnx.ValueInfoProto(name=name) for name in planned.outputs if name not in wiring.outputs
+        )
         with tempfile.TemporaryDirectory(prefix="toolchain-") as folder:
             path = Path(folder) / "model.onnx"
-            with reported(path, "a temporary model", hint="free some space, or set TMPDIR to another disk"):
-                shutil.copyfile(model, path)
-                with open(path, "ab") as file:
-                    file.write(more_outputs([name for name in planned.outputs if name not in wiring.outputs]))
-            return _watched(path, planned, wiring)
-    import onnx_ir as ir
-
+            with reported(path, "a temporary model", hint=_NO_SPACE):
+                path.write_bytes(proto.SerializeToString())
+            return _watched(path, model.absolute().parent, planned, wiring)
     from toolchain import evaluate, onnx_file
 
-    if isinstance(model, Path):
-        found = watch(ir.load(model), channels=channels)
-        gc.collect()  # nodes and values refer to each other, so they and their weights do not go by themselves
-        return found
     graph = evaluate.typed(model)
     wiring = wiring_of(graph)
     planned = plan(wiring, channels=channels)
     with onnx_file.temporary_onnx(evaluate.with_outputs(graph, planned.outputs)) as path:
-        return _watched(path, planned, wiring)
+        return _watched(path, path.parent, planned, wiring)
 
 
-def _watched(path: Path, planned: Plan, wiring: Wiring) -> Watched:
-    """Of a file whose graph returns what is planned."""
-    # Without a memory pattern the arena holds what a run takes and no second plan of it: a quarter less memory.
-    options: dict[str, object] = {"memory_pattern": False, "intra_op_threads": max(1, usable_cores() // WORKERS)}
+def _watched(path: Path, weights: Path, planned: Plan, wiring: Wiring) -> Watched:
+    """Of a file whose graph returns what is planned; ``weights`` is the folder of its external data."""
     fetched: Mapping[str, str] = {}
     by_channel = planned.channel_inputs or planned.channel_outputs
     if not by_channel and any(node.is_a("Conv") for node in wiring.nodes):
         blocked = path.with_name("blocked.onnx")
-        fetched = _keep_blocks(path, blocked, planned)
+        fetched = _keep_blocks(path, weights, blocked, planned)
         if fetched:
-            path, options = blocked, {**options, "graph_level": "disabled"}
-    session = runtimes.load(path, target="ort-cpu", options=options)
+            path, weights = blocked, blocked.parent
+    options = _options(weights)
+    options.intra_op_num_threads = max(1, usable_cores() // WORKERS)
+    # Without a memory pattern the arena holds what a run takes and no second plan of it: a quarter less memory.
+    options.enable_mem_pattern = False
+    if fetched:
+        import onnxruntime
+
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = OrtSession(
+        make_session(path, options, ["CPUExecutionProvider"]),
+        runtimes.Target.parse("ort-cpu"),
+        file=path,
+        unranked=wiring.unranked,
+        info={},
+    )
     _give_back_memory()
     return Watched(planned, session, fetched)
 
 
-def _keep_blocks(path: Path, blocked: Path, planned: Plan) -> dict[str, str]:
+def _options(weights: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    return options
+
+
+def _keep_blocks(path: Path, weights: Path, blocked: Path, planned: Plan) -> dict[str, str]:
     """Writes the graph as ONNX Runtime optimises it, with outputs in blocks where they are computed so.
 
     Returns:
         What ``Watched.fetched`` says; empty where no output is in blocks, and then there is no file to be used.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
+    options = _options(weights)
     options.optimized_model_filepath = str(blocked)
     options.intra_op_num_threads = 1
     # It only optimises: what kernels make of the weights is not needed, and they are to be mapped.
@@ -148,7 +167,7 @@ def _keep_blocks(path: Path, blocked: Path, planned: Plan) -> dict[str, str]:
     kept = [node for node in graph.node if node.op_type != "ReorderOutput" or node.output[0] in read]
     del graph.node[:]
     graph.node.extend(kept)
-    with reported(blocked, "a temporary model", hint="free some space, or set TMPDIR to another disk"):
+    with reported(blocked, "a temporary model", hint=_NO_SPACE):
         blocked.write_bytes(model.SerializeToString())
     return fetched
 

@@ -1,8 +1,8 @@
 """What calibration has to know of a graph, and no more: names, wiring, types, and a few elements of every constant.
 
 It comes from a model in memory or straight from a file. From a file it needs neither onnx_ir (sympy comes with that:
-45 MB and a third of a second) nor the weights in memory: the wire format is walked over a memory map, and of a large
-initializer only the elements that the digest takes are read.
+45 MB and a third of a second) nor the weights in memory: the wire format is walked over a memory map, of a large
+initializer only the elements that the digest takes are read, and a runtime can map it from where it lies.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class Wiring:
         nested_outputs: what subgraphs return.
         dtypes: of a value that is known to be a tensor its dtype, as ONNX names it.
         initializers: of the main graph.
+        unranked: inputs that say nothing of their shape.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Wiring:
     nested_outputs: frozenset[str]
     dtypes: Mapping[str, str]
     initializers: Mapping[str, Constant]
+    unranked: frozenset[str]
 
     @functools.cached_property
     def readers(self) -> Mapping[str, Sequence[Op]]:
@@ -194,14 +196,16 @@ def wiring_of(model: ir.Model) -> Wiring:
             for name, value in model.graph.initializers.items()
             if value.const_value is not None
         },
+        unranked=frozenset(str(v.name) for v in model.graph.inputs if v.shape is None),
     )
 
 
-def read_wiring(path: Path) -> Wiring | None:
-    """The wiring of a file that is known to be sound, as ``read_onnx`` makes sure.
+def read_wiring(path: Path) -> tuple[Wiring, onnx.ModelProto] | None:
+    """The wiring of a file that is known to be sound, as ``read_onnx`` makes sure, and its graph.
 
     Returns:
-        None for what only the whole reader understands: external data, functions, sparse tensors, types of elements
+        With the wiring the model, whose large initializers are external data: where they lie in this very file. None
+        for what only the whole reader understands: external data already, functions, sparse tensors, types of elements
         that numpy lacks.
 
     Raises:
@@ -209,20 +213,9 @@ def read_wiring(path: Path) -> Wiring | None:
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            return _File(data).wiring()
+            return _File(data, path.name).read()
         except _Unusual:
             return None
-
-
-def more_outputs(names: Sequence[str]) -> bytes:
-    """What to append to an ONNX file so that its main graph returns these values too.
-
-    Protobuf merges what comes twice: of a second graph in the file the outputs are added to the first one's
-    (https://protobuf.dev/programming-guides/encoding/#last-one-wins).
-    """
-    outputs = [onnx.ValueInfoProto(name=name) for name in names]
-    merged: bytes = onnx.ModelProto(graph=onnx.GraphProto(output=outputs)).SerializeToString()
-    return merged
 
 
 class _Unusual(Exception):
@@ -232,13 +225,14 @@ class _Unusual(Exception):
 class _File:
     """An ONNX file, mapped."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: mmap.mmap, name: str) -> None:
         self._data = data
+        self._name = name
         self._weights: dict[str, Constant] = {}
-        self._sizes: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self._large: list[onnx.TensorProto] = []
         self._nested_outputs: set[str] = set()
 
-    def wiring(self) -> Wiring:
+    def read(self) -> tuple[Wiring, onnx.ModelProto]:
         model = self._skeleton()
         graph = model.graph
         if model.functions or graph.sparse_initializer or model.training_info:
@@ -247,7 +241,7 @@ class _File:
             self._weights[tensor.name] = _of_proto(tensor)
         nodes = [self._op(node) for node in graph.node]
         nested = [op for ops in nodes for op in ops]
-        return Wiring(
+        wiring = Wiring(
             name=graph.name,
             inputs=tuple(value.name for value in graph.input),
             outputs=tuple(value.name for value in graph.output),
@@ -256,10 +250,13 @@ class _File:
             nested_outputs=frozenset(self._nested_outputs),
             dtypes=self._dtypes(model),
             initializers=self._weights,
+            unranked=frozenset(v.name for v in graph.input if not v.type.tensor_type.HasField("shape")),
         )
+        graph.initializer.extend(self._large)
+        return wiring, model
 
     def _skeleton(self) -> onnx.ModelProto:
-        """The model without its large initializers, which go to ``_weights``."""
+        """The model without its large initializers, which go to ``_large`` and ``_weights``."""
         data, model, graph = self._data, bytearray(), bytearray()
         for number, tag, start, stop in self._fields(0, len(data)):
             if number != 7:
@@ -321,7 +318,10 @@ class _File:
         elements = np.frombuffer(self._data, kind, count, raw[0])
         shape = tuple(tensor.dims)
         self._weights[tensor.name] = Constant(_type_name(tensor.data_type), shape, _some(elements), None)
-        self._sizes[tensor.name] = tensor.data_type, shape
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", self._name), ("offset", raw[0]), ("length", raw[1] - raw[0])):
+            tensor.external_data.add(key=key, value=str(value))
+        self._large.append(tensor)
 
     def _op(self, node: onnx.NodeProto) -> list[Op]:
         """The node, then those of its subgraphs."""
@@ -369,12 +369,16 @@ class _File:
         known = recorded(graph)
         if all(name in known for node in graph.node for name in node.output if name):
             return known
+        typed = onnx.ModelProto()
+        typed.CopyFrom(model)
         listed = {value.name for value in graph.input}
-        for name, (number, shape) in self._sizes.items():
-            if name not in listed:
-                graph.input.append(onnx.helper.make_tensor_value_info(name, number, shape))
+        for tensor in self._large:
+            if tensor.name not in listed:
+                typed.graph.input.append(
+                    onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+                )
         try:
-            inferred = onnx.shape_inference.infer_shapes(model, check_type=False, strict_mode=False, data_prop=True)
+            inferred = onnx.shape_inference.infer_shapes(typed, check_type=False, strict_mode=False, data_prop=True)
         except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
             raise GraphError(
                 f"the types of its values cannot be found: {error}", hint="check the model with onnx.checker"
