@@ -293,7 +293,8 @@ class Execution(_cuda.Owned):
 
     def _point(self, name: str, address: int) -> None:
         if self._addresses.get(name) != address:
-            if not self._token[0].set_tensor_address(name, address):
+            context = self._token[0]
+            if not context.set_tensor_address(name, address):
                 raise self.engine.failed(f"TensorRT does not take the address of {name!r}")
             self._addresses[name] = address
 
@@ -349,7 +350,7 @@ class Execution(_cuda.Owned):
 
     def _queue(self, given: Mapping[str, DeviceArray], targets: Mapping[str, _cuda.Memory]) -> None:
         """Queues copies and kernels; outputs go to ``targets``, and those that have none there to ``host``."""
-        stream, on_host = self.stream, self.engine.on_host
+        context, stream, on_host = self._token[0], self.stream, self.engine.on_host
         for spec in self.engine.inputs:
             name, array = spec.name, given.get(spec.name)
             if array is not None and array.address % _ALIGNMENT == 0 and array.nbytes:
@@ -369,9 +370,9 @@ class Execution(_cuda.Owned):
                 self._point(name, targets[name].address if straight else self._own(name))
             elif name not in self._allocators:
                 allocator = self._allocators[name] = _allocator_type(self.engine.trt)(self.engine.gpu)
-                if not self._token[0].set_output_allocator(name, allocator):
+                if not context.set_output_allocator(name, allocator):
                     raise self.engine.failed(f"TensorRT takes no allocator for {name!r}")
-        if not self._token[0].execute_async_v3(stream.handle):
+        if not context.execute_async_v3(stream.handle):
             for allocator in self._allocators.values():
                 if allocator.error is not None:
                     raise allocator.error

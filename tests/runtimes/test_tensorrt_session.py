@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import threading
-from typing import Any
 
 import pytest
 
 import runtimes
-from runtimes import _cuda, _tensorrt_execution
+from runtimes import _cuda
 from runtimes._driver import driver
 from runtimes._tensorrt_api import Api, find_api
 from runtimes._tensorrt_options import TensorRTOptions
@@ -163,32 +160,3 @@ def test_no_driver_is_told_before_the_plan_is_touched() -> None:
     api = _api()
     with pytest.raises(_cuda.NoDriver, match=api.flavor.title):
         make_session(api, b"no plan", runtimes.Target(api.flavor.target), options=TensorRTOptions(), info={})
-
-
-def test_every_member_of_tensorrt_exists() -> None:
-    """What is called on TensorRT's own objects, which a test of module attributes does not see."""
-    api = _api()
-    classes: dict[str, tuple[Any, ...]] = {
-        "engine": (api.trt.ICudaEngine, _tensorrt_execution.Engine),
-        "context": (api.trt.IExecutionContext,),
-        "runtime": (api.trt.Runtime,),
-        "config": (getattr(api.trt, "IRuntimeConfig", None),),
-    }
-    used = {
-        (node.value.id, node.attr)
-        for node in ast.walk(ast.parse(inspect.getsource(_tensorrt_execution)))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in classes
-    }
-    own = {name for name in inspect.getsource(_tensorrt_execution.Engine).split() if name.startswith("self.")}
-    ours = {name.removeprefix("self.").rstrip(",") for name in own}
-    assert len(used) > 15
-    missing = [
-        f"{owner}.{name}"
-        for owner, name in sorted(used)
-        if name not in ours and not any(hasattr(kind, name) for kind in classes[owner])
-    ]
-    assert missing == []
-    for name in ("execute_async_v3", "set_tensor_address", "set_output_allocator"):
-        assert hasattr(api.trt.IExecutionContext, name)
-    for name in _tensorrt_execution._DTYPES:
-        assert hasattr(api.trt.DataType, name)
