@@ -173,6 +173,7 @@ class OpenVinoSession(Session):
     """A session on OpenVINO's CPU plug-in.
 
     A run takes an infer request from a free list, or makes one: there are as many as there were callers at once.
+    Inputs are read where they lie, so each request keeps the arrays of its last run alive until its next.
 
     Args:
         made: an ``openvino.CompiledModel``.
@@ -416,6 +417,8 @@ def _load(checked: ModelFile, options: OpenVinoOptions) -> tuple[Any, str]:
         return _compile(model, checked, config), f"not used: {error.strerror}"
     try:
         made = _compile(str(checked.path), checked, {**config, "CACHE_DIR": temporary})
+        if not os.listdir(temporary):
+            return made, "not used: OpenVINO could not write it"
         os.rename(temporary, place)
     except OSError:
         return made, "written by another process meanwhile"
@@ -465,6 +468,8 @@ def _evict(keep: Path) -> None:
     found = []
     for place in keep.parent.iterdir():
         try:
+            if place.name.startswith("tmp-") and place.stat().st_mtime > time.time() - 3600:
+                continue  # another process is writing it; older ones were left by one that died
             size = sum(file.stat().st_size for file in place.iterdir())
             found.append((place.stat().st_mtime, size, place))
         except OSError:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Before anything imports it: failed assertions of the contract then show their values.
+pytest.register_assert_rewrite("runtimes.testing")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

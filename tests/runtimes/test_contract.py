@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-import pytest
 
-pytest.register_assert_rewrite("runtimes.testing")
-
-from runtimes import TensorSpec  # noqa: E402
-from runtimes._inputs import InputCheck  # noqa: E402
-from runtimes.testing import RuntimeContract  # noqa: E402
+from runtimes import TensorSpec
+from runtimes._inputs import InputCheck
+from runtimes.testing import RuntimeContract
 
 
 class TestOrtCpu(RuntimeContract):

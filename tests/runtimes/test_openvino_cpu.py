@@ -315,6 +315,32 @@ def test_the_least_recently_used_go_first(tmp_path: Path, cache: Path, monkeypat
     assert load(files[1]).info["cache"] == "used"
 
 
+def test_a_full_disk_costs_time_only(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO says nothing where it cannot write, and leaves an empty folder."""
+    file = save_model(tmp_path / "m.onnx", RELU)
+    settle(file)
+    compile = openvino_cpu._compile
+
+    def without_cache(model: Any, checked: Any, config: dict[str, Any]) -> Any:
+        return compile(model, checked, {key: value for key, value in config.items() if key != "CACHE_DIR"})
+
+    monkeypatch.setattr(openvino_cpu, "_compile", without_cache)
+    session = load(file)
+    assert session.info["cache"] == "not used: OpenVINO could not write it"
+    assert session.run({"x": X})["y"].tolist() == [[0, 0, 2]]
+    assert list(cache.iterdir()) == []
+
+
+def test_what_others_are_writing_is_not_evicted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_cpu, "_CACHE_CAP", 2)
+    for name, age in (("tmp-young", 0), ("tmp-old", 7200)):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "x.blob").write_bytes(bytes(100))
+        os.utime(cache / name, (time.time() - age,) * 2)
+    openvino_cpu._evict(cache / "keep")
+    assert [path.name for path in cache.iterdir()] == ["tmp-young"]
+
+
 def test_processes_that_write_at_once(tmp_path: Path, cache: Path) -> None:
     file = save_model(tmp_path / "m.onnx", RELU)
     settle(file)
@@ -386,3 +412,21 @@ def test_damaged_files_are_not_tried_as_other_formats(tmp_path: Path, capfd: pyt
     assert len(refused) > 20
     assert not [what for what in refused if "\n" in what]
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar_resnet20", "mlperf_resnet8_float", "basic_pitch", "rapidocr_cls", "swift_f0_stft"]
+)
+def test_real_models_agree_with_onnx_runtime(assets: Path, name: str) -> None:
+    (file,) = assets.glob(f"models/*/{name}.onnx")
+    sizes = {"rapidocr_cls": [1, 3, 48, 192], "swift_f0_stft": [1, 16000]}
+    with runtimes.load(file) as ort, load(file) as session:
+        assert [(s.name, s.dtype) for s in session.inputs] == [(s.name, s.dtype) for s in ort.inputs]
+        assert [(s.name, s.dtype) for s in session.outputs] == [(s.name, s.dtype) for s in ort.outputs]
+        (spec,) = session.inputs
+        shape = sizes.get(name, [d if isinstance(d, int) else 2 for d in spec.shape or ()])
+        feeds = {spec.name: np.random.default_rng(0).standard_normal(shape).astype(spec.dtype)}
+        theirs, ours = ort.run(feeds), session.run(feeds)
+        for output, wanted in theirs.items():
+            assert ours[output].shape == wanted.shape
+            assert np.linalg.norm(ours[output] - wanted) <= 1e-4 * np.linalg.norm(wanted), output
