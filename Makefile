@@ -16,13 +16,15 @@ WEIGHTS ?=
 OUT    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install engine test lint types check bench doctor clean
+.PHONY: help install engine test test-gpu lint types check bench bench-gpu doctor clean
 
 help:
 	@echo 'make engine MODEL=resnet50 [TARGET="ort-cpu"] [EVAL=folder] [WEIGHTS=auto|random|PATH]'
 	@echo '            [PRECISION=int8 DATA=folder] [OUT=folder] [ARGS=...]'
 	@echo 'make test      lint, types and the whole test suite'
+	@echo 'make test-gpu  the tests that need an NVIDIA GPU; PYTHON=... takes an environment that is there (docs/gpu.md)'
 	@echo 'make bench     the measurements of benchmarks/'
+	@echo 'make bench-gpu the measurements on a GPU, likewise'
 	@echo 'make doctor    what this machine can run, and why not'
 	@echo 'make clean     removes .venv and build leftovers; artifacts/ stays'
 
@@ -30,7 +32,7 @@ help:
 $(VENV)/installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing into $(VENV) (the first time takes a few minutes) ...'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ort-cpu,export,images,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ort-cpu,openvino-cpu,tensorrt-rtx,export,images,dev]'
 	@touch $@
 
 install: $(VENV)/installed
@@ -45,6 +47,13 @@ engine: install
 
 test: check
 	$(BIN)/python -m pytest -q
+
+# Not in .venv: onnxruntime-gpu and onnxruntime install the same module, and GPU machines come with their own CUDA.
+test-gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -q -rs tests/gpu
+
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
 check: lint types
 
