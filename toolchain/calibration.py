@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 
     from toolchain.evaluate import Feeds
 
-#: elements of all observed tensors that one run may give (16 MB in float32)
-_RUN_ELEMENTS = 4_000_000
+#: elements of all observed tensors that one run may give (32 MB in float32)
+_RUN_ELEMENTS = 8_000_000
 #: pieces that wait for them: with none, a worker that is done waits for the next to be read
 _AHEAD = 2
 
