@@ -190,6 +190,7 @@ class OpenVinoSession(Session):
         self._check = InputCheck(self.inputs)
         self._takes = tuple((index, spec.name, _importer(spec)) for index, spec in enumerate(self.inputs))
         self._gives = tuple((spec.name, _exporter(spec)) for spec in self.outputs)
+        self._dynamic = tuple(index for index, port in enumerate(made.outputs) if port.get_partial_shape().is_dynamic)
         self._free: list[Any] = []
         self._new_request: Callable[[], Any] = made.create_infer_request
 
@@ -249,6 +250,8 @@ class OpenVinoBinding(Binding):
             request.set_input_tensor(index, _shared(inputs[spec.name], spec.dtype))
         for index, spec in enumerate(owner.outputs):
             request.set_output_tensor(index, _shared(outputs[spec.name], spec.dtype))
+        names = [spec.name for spec in owner.outputs]
+        self._dynamic = [(index, names[index], outputs[names[index]].shape) for index in owner._dynamic]
 
     def run(self) -> None:
         if self._owner._new_request is _closed:
@@ -259,6 +262,15 @@ class OpenVinoBinding(Binding):
             self._request.infer(None, True, True)
         except RuntimeError as error:
             raise _run_error(error) from error
+        # A smaller result fits and would leave the end of the array as it was. A larger one fails above.
+        for index, name, shape in self._dynamic:
+            given = tuple(self._request.get_output_tensor(index).shape)
+            if given != shape:
+                raise RunFailed(
+                    f"the shape of output {name!r} depends on the data: {list(given)} in place of {list(shape)}",
+                    where=f"output {name!r}",
+                    hint="use run() for this model",
+                )
 
 
 def _closed() -> NoReturn:

@@ -285,6 +285,21 @@ class RuntimeContract:
         with pytest.raises(runtimes.InvalidInput, match="depends on the data"):
             load("g (float[N] x) => (int64[1, M] y) { y = NonZero(x) }").bind({"x": (4,)})
 
+    def test_bound_results_of_another_shape_are_told(self, load: Load) -> None:
+        """The declared shape, or a trial, may be wrong about a result that depends on data: nothing old may be left."""
+        session = load("g (float[N] x) => (float[N] y) { c = Cast<to = 9>(x)  y = Compress<axis = 0>(x, c) }")
+        try:
+            binding = session.bind({"x": (4,)})
+        except runtimes.InvalidInput:
+            return  # it did not trust what is declared, and tried: that is as good
+        for value in (5, 7):
+            binding.inputs["x"][...] = value
+            binding.run()
+            assert (binding.outputs["y"] == value).all()
+            binding.inputs["x"][0] = 0
+            with pytest.raises(runtimes.RunFailed):
+                binding.run()
+
     def test_bind_zero_size(self, load: Load) -> None:
         binding = load(_RELU).bind({"x": (0, 3)})
         binding.run()
