@@ -4,8 +4,8 @@ Bins are linear and their width is a power of two. A value that does not fit dou
 become one: exact, since the edges of the wide bins are edges of the narrow ones. The width in the end is the least
 that holds the largest value, so the result does not depend on what came first, nor on how samples were batched.
 
-Every element is looked at for the extremes. Of large tensors only a spread of positions goes into the histogram, every
-so many through all samples, at a stride without a common divisor with the tensor's size, so that it begins elsewhere in
+Every element is looked at for the extremes. Of large tensors only a spread of positions goes into the histogram, a
+fixed number for each sample, at a stride without a common divisor with the tensor's size, beginning elsewhere for
 each sample: binning everything was measured to take 2.4 times the forward pass of EfficientNet-Lite0 by itself.
 """
 
@@ -170,15 +170,17 @@ class Histograms:
                 own[...] = given
 
     def _pick(self, rows: np.ndarray) -> np.ndarray:
-        """A copy of the elements that go into the histogram, in one dimension."""
+        """A copy of the elements of each row that go into the histogram, in one dimension."""
         size = rows.shape[1]
         stride = self._strides.get(size)
         if stride is None:
             wanted = size if self.sampled is None else share(size, self.sampled)
             stride = self._strides[size] = coprime_stride(size, wanted)
-        # One walk through all samples there are: it goes on where it ended in the sample before, and so begins
-        # elsewhere in each, whatever the batches.
-        return rows.reshape(-1)[-self.samples * size % stride :: stride].copy()
+        if stride == 1:
+            return rows.flatten()
+        # A multiplicative walk through the offsets: neighbours in time begin far apart.
+        parts = [row[(self.samples + i) * 40503 % stride :: stride] for i, row in enumerate(rows)]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0].copy()
 
     def _extremes(self, index: int, rows: np.ndarray, picked: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         """Writes minimum and maximum of every row of a tensor to ``low`` and ``high``, [tensors, samples]."""
