@@ -161,7 +161,11 @@ def with_shapes(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> ir.Mode
         if value.shape is not None and not value.is_initializer():
             known = [bindings.get(str(d.value), d) if not isinstance(d, int) else d for d in value.shape]
             value.shape = ir.Shape(known)
+    # what a model says of its outputs counts for inference as known; here a symbol of theirs is not
+    outputs = list(copy.graph.outputs)
+    copy.graph.outputs.clear()
     infer_shapes(copy)
+    copy.graph.outputs.extend(outputs)
     return copy
 
 

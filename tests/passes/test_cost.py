@@ -113,6 +113,12 @@ def test_symbols_get_sizes_and_the_model_stays_as_it_is() -> None:
             model_cost(model, shapes)
 
 
+def test_a_symbol_of_an_output_alone() -> None:
+    text = "agraph (float[N, 3, H, W] x, float[8, 3, 3, 3] w) => (float[N, 8, P, Q] y) { y = Conv (x, w) }"
+    found = cost(text, {"x": (1, 3, 10, 12)}, w=zeros(8, 3, 3, 3))
+    assert (found.unknown, found.macs) == ((), 8 * 10 * 8 * 27)
+
+
 def test_subgraphs_and_functions() -> None:
     branches = (
         "agraph (bool c, float[2, 4] x, float[4, 4] w) => (float[2, 4] y) { y = If (c) < "

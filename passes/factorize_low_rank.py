@@ -1,0 +1,407 @@
+"""Replaces a layer by two or more smaller ones of low rank, where that saves multiply-accumulates.
+
+::
+
+    x -> MatMul(w [I, O]) -> y          x -> MatMul([I, r]) -> MatMul([r, O]) -> y            r (I + O) < I O
+    x -> Conv(w 1x1) -> y               x -> Conv(1x1, I to r) -> Conv(1x1, r to O) -> y
+    x -> Conv(w k x k) -> y   tucker:   x -> Conv(1x1, I to s) -> Conv(k x k, s to r) -> Conv(1x1, r to O) -> y
+                              cp:       x -> Conv(1x1, I to r) -> Conv(k x 1, each of r) -> Conv(1 x k, each of r)
+                                          -> Conv(1x1, r to O) -> y
+
+Matrices: the truncated singular value decomposition, the best of its rank (Eckart and Young 1936). Kernels: Tucker's
+decomposition over both channel axes (Kim et al. 2016, arXiv 1511.06530), found by orthogonal iteration from the
+higher-order SVD (De Lathauwer et al. 2000); or the canonical polyadic one (Lebedev et al. 2015, arXiv 1412.6553), by
+tensorly's alternating least squares.
+
+With ``moments``, S = E[x x^T] of the layer's input, what is kept small is the error of the *output*: W L with
+S = L L^T is decomposed, and what multiplies x gets L^-1 from the right (Wang et al. 2024, "SVD-LLM", arXiv 2403.07378).
+For a k x k kernel S is that of single places, which neglects how neighbours depend on each other.
+
+The rank is the least that keeps ``energy`` or stays within ``error`` (both of the weight, or with ``moments`` of the
+output; energy = 1 - error^2), or the largest that costs at most ``ratio`` of the MACs. A layer stays as it is where
+that rank saves nothing, and the report says what it would have cost; so does one that follows or leads another with
+nothing between, not even a bias: the two are factors already, and a second run changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from passes._graph import FLOATS, Names, Scope, attribute_ints, constant, given, is_op, new_constant, only_use, scopes
+from passes._linear import LINEAR, NotLinear, canonical, drop_unused, oriented
+from passes.base import Declined, InvalidOption, Outcome, Pass, PassFailed, label
+from passes.quantize_int8 import check_exclude
+
+#: of the mean of the moments, added to each so that channels that were always zero can be divided by
+_DAMPING = 1e-6
+_ITERATIONS = 5
+_CP_SWEEPS = 60
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InputMoments:
+    """How the inputs of layers vary together.
+
+    Attributes:
+        moments: for each layer, by ``passes.base.label`` of its node, E[x x^T] over samples and places of its input
+            channels: float64 [I, I].
+    """
+
+    moments: Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorizeLowRank(Pass):
+    """Replaces Gemm, MatMul and Conv by factors of low rank where that saves multiply-accumulates.
+
+    Attributes:
+        energy: least share of the squared singular values that is kept; 0.9 where none of the three is given.
+        error: most that a layer may be off, relative to its weight's norm.
+        ratio: most MACs that a layer may keep.
+        kernels: tucker, cp, or none, which leaves convolutions alone that are wider than one tap.
+        moments: of the layers' inputs, for what is least in the output.
+        least_saving: share of a layer's MACs that has to go for it to be worth another node.
+        exclude: nodes that stay as they are, by name, or as reports name them.
+    """
+
+    energy: float | None = None
+    error: float | None = None
+    ratio: float | None = None
+    kernels: str = "tucker"
+    moments: InputMoments | None = dataclasses.field(default=None, repr=False)
+    least_saving: float = 0.05
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("energy", "error", "ratio") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InvalidOption(f"{' and '.join(given)} of pass factorize_low_rank exclude each other")
+        for name in (*given, "least_saving"):
+            value = getattr(self, name)
+            if not (0 <= value < 1 if name == "least_saving" else 0 < value < 1):
+                raise InvalidOption(
+                    f"option {name} of pass factorize_low_rank is {value}", hint="wanted: above 0 and below 1"
+                )
+        if self.kernels not in ("tucker", "cp", "none"):
+            raise InvalidOption(
+                f"option kernels of pass factorize_low_rank is {self.kernels!r}", hint="wanted: tucker, cp, none"
+            )
+
+    def call(self, model: ir.Model) -> Outcome:
+        if self.kernels == "cp":
+            _tensorly()
+        check_exclude(model, self.exclude)
+        names = Names(model)
+        declined: list[Declined] = []
+        fired, before, after = 0, 0, 0
+        for scope in scopes(model):
+            for node in list(scope.graph):
+                if not is_op(node, *LINEAR) or constant(given(node, 1)) is None:
+                    continue
+                try:
+                    if label(node) in self.exclude:
+                        raise NotLinear("excluded")
+                    plan = self._plan(node)
+                except NotLinear as reason:
+                    declined.append(Declined(label(node), str(reason)))
+                    continue
+                _carry_out(scope, node, plan, names)
+                fired, before, after = fired + 1, before + plan.before, after + plan.after
+        remarks = (
+            (f"{fired} layers keep {after / before:.1%} of their multiply-accumulates; each is two nodes or more now",)
+            if fired
+            else ()
+        )
+        return Outcome(model, fired > 0, fired=fired, declined=tuple(declined), remarks=remarks)
+
+    def _plan(self, node: ir.Node) -> _Plan:
+        value = given(node, 1)
+        tensor = constant(value)
+        assert value is not None
+        assert tensor is not None
+        if tensor.dtype not in FLOATS:
+            raise NotLinear(f"its weight is {tensor.dtype.name.lower()}")
+        if len(value.uses()) != 1 or value.is_graph_output():
+            raise NotLinear("its weight is shared: each reader would get factors of its own")
+        if (other := _other_factor(node)) is not None:
+            raise NotLinear(f"it is a factor already: between it and {label(other)} there is nothing")
+        if node.op_type == "ConvTranspose":
+            raise NotLinear("a ConvTranspose is not factorised")
+        weight = canonical(node, tensor.numpy())
+        if weight.shape[0] != 1:
+            raise NotLinear(f"it has {weight.shape[0]} groups: what is left of each is small already")
+        half = self._half(node, weight.shape[2])
+        if weight.shape[3] == 1:
+            plan = self._matrix(weight[0, :, :, 0], half)
+        elif self.kernels == "none":
+            raise NotLinear("kernels wider than one tap are left alone")
+        else:
+            whole = weight[0].reshape(*weight.shape[1:3], *tensor.shape.numpy()[2:])
+            positions = math.prod(attribute_ints(node, "strides") or (1,))
+            make = self._tucker if self.kernels == "tucker" else self._cp
+            plan = make(whole, half, positions)
+        if plan.after > (1 - self.least_saving) * plan.before:
+            raise NotLinear(f"{plan.how} would take {plan.after / plan.before:.0%} of its MACs")
+        return plan
+
+    def _half(self, node: ir.Node, inputs: int) -> _Half:
+        """The L of S = L L^T, and its inverse."""
+        if self.moments is None:
+            return _Half(None, None)
+        found = self.moments.moments.get(label(node))
+        if found is None or np.shape(found) != (inputs, inputs):
+            raise NotLinear(f"there are no moments of its {inputs} input channels")
+        values, vectors = np.linalg.eigh(np.asarray(found, np.float64))
+        values = np.sqrt(np.maximum(values, 0) + _DAMPING * max(float(values.mean()), 1e-30))
+        return _Half((vectors * values) @ vectors.T, (vectors / values) @ vectors.T)
+
+    def _rank(self, singular: np.ndarray) -> int | None:
+        """The least rank within the bound; None where the ratio decides."""
+        if self.ratio is not None:
+            return None
+        energy = 1 - self._lost()
+        squares = np.square(singular)
+        total = float(squares.sum())
+        kept: np.ndarray = np.cumsum(squares) / total if total else np.ones(len(squares))
+        return min(int(np.searchsorted(kept, energy - 1e-12)) + 1, len(singular))
+
+    def _matrix(self, matrix: np.ndarray, half: _Half) -> _Plan:
+        """[O, I] as [O, r] times [r, I]."""
+        outputs, inputs = matrix.shape
+        u, s, vt = np.linalg.svd(half.weighted(matrix), full_matrices=False)
+        rank = self._rank(s)
+        if rank is None:
+            assert self.ratio is not None
+            rank = int(self.ratio * outputs * inputs / (outputs + inputs))
+        if rank < 1:
+            raise NotLinear(f"rank 1 would take {(outputs + inputs) / (outputs * inputs):.0%} of its MACs")
+        root = np.sqrt(s[:rank])
+        first, second = half.back(root[:, None] * vt[:rank]), u[:, :rank] * root
+        return _Plan(
+            (first, second), outputs * inputs, rank * (outputs + inputs), f"rank {rank} of {min(matrix.shape)}"
+        )
+
+    def _tucker(self, kernel: np.ndarray, half: _Half, positions: int) -> _Plan:
+        """[O, I, k...] as [O, r], [r, s, k...] and [s, I]."""
+        outputs, inputs, taps = kernel.shape[0], kernel.shape[1], math.prod(kernel.shape[2:])
+        weighted = half.weighted(kernel)
+        left, s_left, _ = np.linalg.svd(weighted.reshape(outputs, -1), full_matrices=False)
+        right, s_right, _ = np.linalg.svd(weighted.swapaxes(0, 1).reshape(inputs, -1), full_matrices=False)
+
+        def cost(r: int, s: int) -> int:
+            # the first runs at the resolution of the input
+            return int(positions * inputs * s + s * r * taps + r * outputs)
+
+        before = outputs * inputs * taps
+        if self.ratio is not None:
+            most = self.ratio * before
+            r, s = _largest(lambda r, s: cost(r, s) <= most, len(s_left), len(s_right))
+        else:
+            # what both modes lose adds up at most, so each may lose half
+            share = dataclasses.replace(self, energy=1 - self._lost() / 2, error=None)
+            r, s = share._rank(s_left) or 1, share._rank(s_right) or 1
+        if cost(r, s) <= (1 - self.least_saving) * before:
+            left, right = _orthogonal_iteration(weighted, left[:, :r], right[:, :s])
+        core = np.einsum("oi...,or,is->rs...", weighted, left[:, :r], right[:, :s])
+        factors = (half.back(right[:, :s].T), core, left[:, :r])
+        return _Plan(factors, before, cost(r, s), f"ranks {r} of {outputs} and {s} of {inputs}")
+
+    def _lost(self) -> float:
+        if self.error is not None:
+            return self.error**2
+        return 1 - (self.energy if self.energy is not None else 0.9)
+
+    def _cp(self, kernel: np.ndarray, half: _Half, positions: int) -> _Plan:
+        """[O, I, k...] as [r, I], one [r, k] for each axis, and [O, r]."""
+        outputs, inputs, *taps = kernel.shape
+        before = outputs * inputs * math.prod(taps)
+        # each axis in turn goes from the resolution of the input to that of the output
+        each = positions * (inputs + sum(taps)) + outputs
+        most = int((self.ratio or 1 - self.least_saving) * before / each)
+        if most < 1:
+            raise NotLinear(f"rank 1 would take {each / before:.0%} of its MACs")
+        weighted = half.weighted(kernel)
+        norm = float(np.square(weighted).sum())
+        ranks = [most] if self.ratio is not None else sorted({max(1, most * part // 8) for part in (1, 2, 3, 4, 6, 8)})
+        lost = math.inf
+        for rank in ranks:
+            weights, factors = _parafac(weighted, rank)
+            rebuilt = np.einsum(_cp_equation(len(taps)), weights, *factors)
+            lost = float(np.square(weighted - rebuilt).sum()) / norm if norm else 0.0
+            if self.ratio is not None or lost <= self._lost():
+                break
+        else:
+            raise NotLinear(f"rank {most}, the largest that saves MACs, keeps {1 - lost:.1%} of the energy")
+        left, right, *spatial = factors
+        return _Plan(
+            (half.back(right.T), *(factor.T for factor in spatial), left * weights),
+            before, rank * each, f"rank {rank}",
+        )  # fmt: skip
+
+
+def _other_factor(node: ir.Node) -> ir.Node | None:
+    """The layer that this one and nothing else reads, or that alone reads this one, with no bias between."""
+    before = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if before is not None and _plain(before) and only_use(before.outputs[0]) is node:
+        return before
+    after = only_use(node.outputs[0]) if _plain(node) else None
+    if after is not None and is_op(after, *LINEAR) and after.inputs[0] is node.outputs[0]:
+        return after if constant(given(after, 1)) is not None else None
+    return None
+
+
+def _plain(node: ir.Node) -> bool:
+    return is_op(node, *LINEAR) and constant(given(node, 1)) is not None and given(node, 2) is None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class _Half:
+    """A square root of the moments, and its inverse; None stands for the identity."""
+
+    root: np.ndarray | None
+    inverse: np.ndarray | None
+
+    def weighted(self, weight: np.ndarray) -> np.ndarray:
+        """[O, I, ...] with its inputs multiplied by the root."""
+        return weight if self.root is None else np.einsum("oi...,ij->oj...", weight, self.root, optimize=True)
+
+    def back(self, factor: np.ndarray) -> np.ndarray:
+        """[r, I] that reads what was weighted, as one that reads the input itself."""
+        return factor if self.inverse is None else factor @ self.inverse
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class _Plan:
+    """What a layer becomes.
+
+    Attributes:
+        factors: in the order in which they run: [r, I], then kernels, then [O, r].
+        before, after: MACs for each place of the output.
+        how: the rank, for a person.
+    """
+
+    factors: tuple[np.ndarray, ...]
+    before: int
+    after: int
+    how: str
+
+
+def _largest(fits: Callable[[int, int], bool], most_r: int, most_s: int) -> tuple[int, int]:
+    """The largest ranks in one proportion to the full ones that fit. Raises NotLinear where none do."""
+    low, high = 0, max(most_r, most_s)
+
+    def ranks(step: int) -> tuple[int, int]:
+        share = step / max(most_r, most_s)
+        return max(1, int(share * most_r)), max(1, int(share * most_s))
+
+    if not fits(1, 1):
+        raise NotLinear("even rank 1 costs more than that")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(*ranks(middle)) else (low, middle)
+    return ranks(low)
+
+
+def _orthogonal_iteration(weight: np.ndarray, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Improves the bases of both channel axes in turn."""
+    for _ in range(_ITERATIONS):
+        seen = np.einsum("oi...,is->os...", weight, right, optimize=True).reshape(len(left), -1)
+        left = np.linalg.svd(seen, full_matrices=False)[0][:, : left.shape[1]]
+        seen = np.einsum("oi...,or->ir...", weight, left, optimize=True).reshape(len(right), -1)
+        right = np.linalg.svd(seen, full_matrices=False)[0][:, : right.shape[1]]
+    return left, right
+
+
+def _cp_equation(axes: int) -> str:
+    letters = "oiabc"[: 2 + axes]
+    return f"r,{','.join(f'{letter}r' for letter in letters)}->{letters}"
+
+
+def _tensorly() -> Any:
+    try:
+        import tensorly
+    except ImportError as error:
+        raise PassFailed(
+            f"kernels cp needs tensorly: {error}", hint="pip install 'onnx-toolchain[low-rank]', or take tucker"
+        ) from error
+    return tensorly
+
+
+def _parafac(weight: np.ndarray, rank: int) -> tuple[np.ndarray, Sequence[np.ndarray]]:
+    from tensorly.decomposition import parafac
+
+    found = parafac(
+        weight, rank, n_iter_max=_CP_SWEEPS, init="random", random_state=0, normalize_factors=True, tol=1e-6
+    )
+    return np.asarray(found[0]), [np.asarray(factor) for factor in found[1]]
+
+
+def _carry_out(scope: Scope, node: ir.Node, plan: _Plan, names: Names) -> None:
+    """Puts the factors in the node's place; its output, bias and alpha are the last one's."""
+    old = node.inputs[1]
+    tensor = constant(old)
+    assert tensor is not None
+    assert old is not None
+    dtype, output = tensor.dtype.numpy(), node.outputs[0]
+    source = node.inputs[0]
+    assert source is not None
+    last = len(plan.factors) - 1
+    axes = len(tensor.shape) - 2
+    for number, factor in enumerate(plan.factors[:-1]):
+        if node.op_type == "Conv":
+            data, attributes = _kernel(node, factor, number, last, axes)
+            op_type = "Conv"
+        else:  # MatMul keeps all axes before the last, and Gemm has two
+            data, attributes, op_type = factor.T, [], "MatMul"
+        name = names.fresh(f"{output.name}_factor_{number}")
+        weight = new_constant(
+            scope, np.ascontiguousarray(data).astype(dtype), names.fresh(f"{name}_weight"), before=node
+        )
+        made = ir.Node("", op_type, [source, weight], attributes, name=names.fresh(f"{label(node)}_factor_{number}"))
+        made.outputs[0].name, made.outputs[0].type = name, ir.TensorType(tensor.dtype)
+        assert node.graph is not None
+        node.graph.insert_before(node, made)
+        source = made.outputs[0]
+    data = plan.factors[-1]
+    if node.op_type == "Conv":
+        data = data.reshape(*data.shape, *[1] * axes)
+        for name in ("pads", "strides", "dilations", "auto_pad", "kernel_shape"):
+            node.attributes.pop(name, None)
+    else:
+        data = oriented(node, data[None, :, :, None], data.shape)
+    name = names.fresh(f"{output.name}_weight")
+    weight = new_constant(scope, np.ascontiguousarray(data).astype(dtype), name, before=node)
+    node.replace_input_with(0, source)
+    node.replace_input_with(1, weight)
+    drop_unused(old)
+
+
+def _kernel(node: ir.Node, factor: np.ndarray, number: int, last: int, axes: int) -> tuple[np.ndarray, list[ir.Attr]]:
+    """The weight and attributes of a factor of a Conv. Where it has one tap only, the first does the stepping, in fewer
+    places; else the first keeps all places, so that the border is that of the kernel."""
+    if last == 1:
+        kept = [a for name, a in node.attributes.items() if name in ("pads", "strides", "dilations", "auto_pad")]
+        return factor.reshape(*factor.shape, *[1] * axes), list(kept)
+    if number == 0:
+        return factor.reshape(*factor.shape, *[1] * axes), []
+    if factor.ndim > 2:
+        kept = [a for name, a in node.attributes.items() if name in ("pads", "strides", "dilations", "auto_pad")]
+        return factor, list(kept)
+    axis = number - 1
+    shape = [len(factor), 1, *[1] * axes]
+    shape[2 + axis] = factor.shape[1]
+    attributes = [ir.AttrInt64("group", len(factor))]
+    for name, neutral in (("strides", 1), ("dilations", 1)):
+        if (given_values := attribute_ints(node, name)) is not None:
+            attributes.append(ir.AttrInt64s(name, [v if i == axis else neutral for i, v in enumerate(given_values)]))
+    if (pads := attribute_ints(node, "pads")) is not None:
+        attributes.append(ir.AttrInt64s("pads", [v if i % axes == axis else 0 for i, v in enumerate(pads)]))
+    if "auto_pad" in node.attributes:
+        attributes.append(node.attributes["auto_pad"])
+    return factor.reshape(shape), attributes
