@@ -8,6 +8,7 @@ the budget holds (delta debugging, Zeller and Hildebrandt 2002), within a fixed 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 #: Most evaluations that taking layers off the list again may cost.
@@ -46,7 +47,8 @@ def search(ranked: Sequence[str], evaluate: Callable[[tuple[str, ...]], float], 
 
     Args:
         ranked: all nodes that may be left in float, the most harmful first.
-        evaluate: what is lost when these nodes are in float; smaller is better.
+        evaluate: what is lost when these nodes are in float; smaller is better. Infinity where nothing is left to
+            quantise then.
         max_drop: the budget, in the same unit.
     """
     trials: list[Trial] = []
@@ -64,11 +66,18 @@ def search(ranked: Sequence[str], evaluate: Callable[[tuple[str, ...]], float], 
     if drop(()) <= max_drop:
         return found(())
     # Grow first: a few bad layers are the common case, and every evaluation of a short list is of a fast model.
-    low, high = 0, 1
-    while high < len(ranked) and drop(tuple(ranked[:high])) > max_drop:
-        low, high = high, min(2 * high, len(ranked))
-    if drop(tuple(ranked[:high])) > max_drop:
-        return found(tuple(ranked[:high]))
+    low, high, most = 0, 0, len(ranked) + 1
+    while not high:
+        if most - low <= 1:
+            return found(tuple(ranked[:low]))
+        count = min(2 * low or 1, (low + most) // 2)
+        lost = drop(tuple(ranked[:count]))
+        if lost <= max_drop:
+            high = count
+        elif math.isinf(lost):
+            most = count
+        else:
+            low = count
     while high - low > 1:
         middle = (low + high) // 2
         if drop(tuple(ranked[:middle])) > max_drop:

@@ -65,3 +65,19 @@ def test_no_evaluation_is_made_twice() -> None:
         # with a true ranking of independent costs the shortest prefix is the smallest set there is
         remaining = list(itertools.accumulate([sum(costs.values())] + [-costs[name] for name in ranked]))
         assert len(found.excluded) <= next(k for k, left in enumerate(remaining) if left <= 0.2)
+
+
+def test_a_budget_that_only_almost_everything_in_float_meets() -> None:
+    """With all in float nothing is left to quantise, which is no answer; with all but the last it is one."""
+    names = [f"n{i}" for i in range(30)]
+
+    def evaluate(excluded: tuple[str, ...]) -> float:
+        return math.inf if len(excluded) == 30 else float(30 - len(excluded))
+
+    found = search(names, evaluate, 1.0)
+    assert found.met
+    assert found.excluded == tuple(names[:29])
+    unmet = search(names, evaluate, 0.5)
+    assert not unmet.met
+    assert unmet.drop == 1.0
+    assert len(unmet.trials) <= 12
