@@ -211,17 +211,27 @@ def _plan_outputs(
 
 def _add_tables(plan: Plan, scope: Scope, exclude: tuple[str, ...]) -> None:
     """Adds the look-ups of embeddings to a plan: they need no calibration, and the dialects differ in form alone."""
+    found: dict[ir.Node, ir.Value] = {}
     for node in scope.graph:
         try:
-            if embedding_weight(node, _SMALLEST_TABLE) is None:
+            table = embedding_weight(node, _SMALLEST_TABLE)
+            if table is None:
                 continue
             if label(node) in exclude:
                 raise Decline("excluded")
             if not plan.gather_integers:
                 require_opset(scope, 13, "DequantizeLinear by row")
-            plan.tables.append(node)
+            found[node] = table
         except Decline as reason:
             plan.declined.append(Declined(label(node), str(reason)))
+    for node, table in found.items():
+        if table.is_graph_output() or any(
+            use.node not in found and use.node not in plan.layers for use in table.uses()
+        ):
+            reason = "something else reads its table as floats: integers would come on top of it"
+            plan.declined.append(Declined(label(node), reason))
+        else:
+            plan.tables.append(node)
 
 
 def fill_in_types(model: ir.Model) -> bool:

@@ -113,6 +113,17 @@ def test_a_gather_of_something_else_is_no_table() -> None:
     assert not outcome.declined
 
 
+@pytest.mark.parametrize("dialect", list(DIALECTS))
+def test_a_table_that_stays_as_floats_anyway_is_not_stored_twice(dialect: str) -> None:
+    body = (
+        "e = Gather (t, i) f = Neg (t) m = ReduceMax <keepdims = 0> (f) h = MatMul (e, w) k = Add (h, b) y = Add (k, m)"
+    )
+    _, outcome = quantise(sentence(body), dialect=dialect, nmse=1e-3)
+    assert [d.reason for d in outcome.declined if "Gather" in d.node] == [
+        "something else reads its table as floats: integers would come on top of it"
+    ]
+
+
 def test_a_table_alone_is_quantised() -> None:
     proto = parse(f"g (int64[N] i, float[{ROWS}, {WIDTH}] t) => (float[N, {WIDTH}] y) {{ y = Gather (t, i) }}", t=TABLE)
     after, outcome = quantise(proto)
