@@ -60,10 +60,8 @@ def plain(model: str, samples: str) -> dict[str, float]:
 
 def ours(model: str, samples: str, write: str, dialect: str) -> dict[str, float]:
     """``calibrate``, then ``quantize_int8`` with its defaults. Without ``write`` it ends after the calibration."""
-    import onnx_ir as ir
     import onnxruntime  # noqa: F401  imported before the clock starts, as for the others
 
-    import passes
     from toolchain.calibration import calibrate
 
     imports = peak_mb()
@@ -71,6 +69,13 @@ def ours(model: str, samples: str, write: str, dialect: str) -> dict[str, float]
     calibration = calibrate(Path(model), batches(samples))
     seconds, peak = time.perf_counter() - started, peak_mb()
     if write:
+        # Only now, for calibration alone does not import them; the clock does not see this import either.
+        begun = time.perf_counter()
+        import onnx_ir as ir
+
+        import passes
+
+        started += time.perf_counter() - begun
         graph = ir.load(model)
         passes.make("quantize_int8", dialect=dialect, calibration=calibration)(graph)
         ir.save(graph, write)
