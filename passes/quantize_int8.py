@@ -228,8 +228,8 @@ def _add_tables(plan: Plan, scope: Scope, exclude: tuple[str, ...]) -> None:
         if table.is_graph_output() or any(
             use.node not in found and use.node not in plan.layers for use in table.uses()
         ):
-            reason = "something else reads its table as floats: integers would come on top of it"
-            plan.declined.append(Declined(label(node), reason))
+            why = "something else reads its table as floats: integers would come on top of it"
+            plan.declined.append(Declined(label(node), why))
         else:
             plan.tables.append(node)
 
