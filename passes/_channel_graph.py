@@ -95,6 +95,7 @@ class ChannelGraph:
         rewrites: to be called with an Editor when the graph is cut.
         shapes: the same for Shape nodes, to be called after all others.
         carriers: for a Reshape that splits an axis which of the new axes carries the atoms; filled in by its rule.
+        whole: why an axis of a constant carries no atoms, where it has more than one index.
         heads: atoms along which a product of two computed matrices is batched.
     """
 
@@ -110,6 +111,7 @@ class ChannelGraph:
         self.preferred = preferred or {}
         self.carriers: dict[ir.Node, tuple[list[int], int, npt.NDArray[np.int64]]] = {}
         self.heads: list[npt.NDArray[np.int64]] = []
+        self.whole: dict[tuple[ir.Value, int], str] = {}
         self._unset: set[tuple[ir.Value, int]] = set()
         self._sizes = _inferred(model)
 
@@ -119,6 +121,8 @@ class ChannelGraph:
         """The shape as far as known, inference included."""
         own = _graph.dims(value)
         found = None if value is None else self._sizes.get(value.name or "")
+        if own is None and found is None and value in self.axes:
+            return tuple(None if labels is None else len(labels) for labels in self.axes[value])
         if own is None or found is None or len(own) != len(found):
             return own if own is not None else found
         return tuple(
@@ -157,6 +161,8 @@ class ChannelGraph:
             if labels is not None and len(labels) != self._length(value, axis):
                 self.atoms.freeze(labels, reason)
                 labels = None
+            if labels is None:
+                self.whole[value, axis] = reason
             self.axes[value][axis] = labels
             return labels
         return self.join(labels, self.axes[value][axis], reason)
@@ -179,6 +185,7 @@ class ChannelGraph:
             if (value, axis) in self._unset:
                 self._unset.discard((value, axis))
                 self.axes[value][axis] = None
+                self.whole[value, axis] = reason
             self.atoms.freeze(self.axes[value][axis], reason)
 
     def set(self, value: ir.Value, axes: Sequence[Labels]) -> None:

@@ -220,7 +220,7 @@ def _declined(
     for layer in graph.layers:
         labels = graph.axes[layer.weight][layer.axis]
         if labels is None:
-            reason = "nothing is known of what reads its outputs, or it has one"
+            reason = graph.whole.get((layer.weight, layer.axis), "there is one alone")
         else:
             why = frozen[arrays[id(labels)]]
             if (why < 0).any():

@@ -24,8 +24,10 @@ def conv(graph: ChannelGraph, node: ir.Node) -> None:
     axes, weights = graph.of(x), graph.dims(w)
     groups = attribute_int(node, "group", 1)
     transposed = node.op_type == "ConvTranspose"
-    if x is None or w is None or axes is None or weights is None or groups is None:
-        return graph.opaque(node, f"{label(node)}: its shapes are not known")
+    if x is None or w is None or weights is None or groups is None:
+        return graph.opaque(node, f"{label(node)}: its weight is not known")
+    if axes is None:
+        axes = graph.axes[x] = [None] * len(weights)
     why = f"{label(node)} needs all of it"
     out_axis, in_axis = (1, 0) if transposed else (0, 1)
     by_group = transposed and groups > 1 and _whole_groups(weights[0], groups)
@@ -94,6 +96,8 @@ def gemm(graph: ChannelGraph, node: ir.Node) -> None:
     x, w, bias = node.inputs[0], node.inputs[1], given(node, 2)
     of_x, rank_w = graph.of(x), graph.rank(w)
     across, flipped = attribute_int(node, "transA", 0), attribute_int(node, "transB", 0)
+    if x is not None and of_x is None:
+        of_x = graph.axes[x] = [None, None]
     if x is None or w is None or of_x is None or rank_w != 2 or len(of_x) != 2 or across is None or flipped is None:
         return graph.opaque(node, f"{label(node)}: its shapes are not known")
     graph.role(w, 0 if flipped else 1, "out", node)
