@@ -69,6 +69,8 @@ class Pass(ir.passes.InPlacePass):
 
     #: the name in recipes and on the command line: the class's name in snake case
     name: ClassVar[str] = ""
+    #: whether it changes what the model computes, on purpose: outputs are then compared, and no bound is held
+    lossy: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

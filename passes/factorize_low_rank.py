@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -69,6 +69,8 @@ class FactorizeLowRank(Pass):
         least_saving: share of a layer's MACs that has to go for it to be worth another node.
         exclude: nodes that stay as they are, by name, or as reports name them.
     """
+
+    lossy: ClassVar[bool] = True
 
     energy: float | None = None
     error: float | None = None

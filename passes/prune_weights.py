@@ -33,6 +33,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -88,6 +89,8 @@ class PruneWeights(Pass):
         seed: of random.
         exclude: nodes that stay as they are, by name, or as reports name them.
     """
+
+    lossy: ClassVar[bool] = True
 
     sparsity: float | None = None
     method: str = "l1"

@@ -275,6 +275,8 @@ def optimize(
     ]  # fmt: skip
     console.out.print(table(("Passes", header, rows)))
     for report in reports:
+        for remark in report.remarks:
+            console.out.print(Text(f"{report.name}: {remark}"))
         for declined in report.declined:
             console.out.print(Text(f"{report.name} declined {declined.node}: {declined.reason}", style="dim"))
     if output is not None:

@@ -122,3 +122,12 @@ def test_the_check_sees_what_a_runtime_would_refuse() -> None:
     model.graph[-1].attributes.add(ir.AttrInt64("transB", 0))  # the weight is [10, 8], the input [batch, 8]
     with pytest.raises(onnx.shape_inference.InferenceError, match="fc"):
         check_graph(model)
+
+
+def test_a_lossy_pass_is_compared_and_not_refused_and_its_remark_is_reported() -> None:
+    model = ir.from_proto(conv_net())
+    feeds = {"image": np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)}
+    (report,) = optimize(model, [PassStep(name="prune_weights", options={"sparsity": 0.7})], verify_on=[feeds])
+    assert report.nmse is not None
+    assert report.nmse > 1e-4
+    assert "do not make a dense runtime faster" in report.remarks[0]
