@@ -306,13 +306,16 @@ def test_the_least_recently_used_go_first(tmp_path: Path, cache: Path, monkeypat
     load(files[0])
     size = sum(path.stat().st_size for path in cache.rglob("*.blob"))
     monkeypatch.setattr(openvino_cpu, "_CACHE_CAP", int(size * 2.5))
-    (oldest,) = cache.iterdir()
+    (first,) = cache.iterdir()
     load(files[1])
-    os.utime(oldest, (1, 1))
+    (second,) = set(cache.iterdir()) - {first}
+    os.utime(first, (1, 1))
+    os.utime(second, (2, 2))
+    assert load(files[0]).info["cache"] == "used"
     load(files[2])
-    assert not oldest.exists()
+    assert first.exists()
+    assert not second.exists()
     assert len(list(cache.iterdir())) == 2
-    assert load(files[1]).info["cache"] == "used"
 
 
 def test_a_full_disk_costs_time_only(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
