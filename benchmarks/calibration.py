@@ -3,6 +3,7 @@
     python benchmarks/calibration.py --model artifacts/resnet50/ort-cpu-fp32/model.onnx --samples 64 512
     python benchmarks/calibration.py --model model.onnx --images ../shared/assets/imagenet/calibration50 \\
         --preprocessing efficientnet_lite0 [--no-peers] [--json out.json]
+    python benchmarks/calibration.py --model WORK/minilm/fp32.onnx --batches WORK/minilm/calibration --no-peers
 
 Every measurement is a fresh child process; the sides take turns (A B C A B C ...), and each time is divided by that of
 its neighbour that only runs the model. ``plain`` is ``runtimes.load`` and ``run`` over batches of ``--batch``; the
@@ -10,7 +11,8 @@ clock runs for the forward pass alone, not for imports and load. For ours it run
 planning, making the session, the pass, deriving the ranges. For the peers (``onnxruntime.quantization.calibrate``) it
 runs for making the calibrater, collecting and computing. Without ``--images`` the samples are seeded noise; with fewer
 images than samples, images come again. Peak memory is VmHWM of the process, imports and all; samples are read from disk
-a batch at a time. ``--cores 1`` holds every child to one core: there the ratios bear other work on the machine.
+a batch at a time. ``--batches`` takes folders of .npz instead, a batch each and an array for every input, such as
+``quantization.py --work WORK`` keeps beside the model. ``--cores 1`` holds every child to one core: there the ratios bear other work on the machine.
 """
 
 from __future__ import annotations
@@ -43,11 +45,19 @@ batch, cores = int(batch), int(cores)
 if cores:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
 clock = time.process_time if cores == 1 else time.perf_counter
-meta = json.loads(open(data + "/meta.json").read())
-count, name, shape = meta["samples"], meta["input"], tuple(meta["shape"])
-size = int(np.prod(shape))
+if os.path.exists(data + "/meta.json"):
+    meta = json.loads(open(data + "/meta.json").read())
+    count, name, shape = meta["samples"], meta["input"], tuple(meta["shape"])
+    size = int(np.prod(shape))
+else:
+    size = 0
 
 def batches():
+    if not size:
+        for file in sorted(os.listdir(data)):
+            with np.load(data + "/" + file) as arrays:
+                yield {name: arrays[name] for name in arrays.files}
+        return
     with open(data + "/samples.f32", "rb") as file:
         for start in range(0, count, batch):
             n = min(batch, count - start)
@@ -157,6 +167,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="a folder of images; seeded noise without")
     parser.add_argument("--preprocessing", choices=[n for n, e in ZOO.items() if e.preprocessing], help="for --images")
     parser.add_argument("--samples", type=int, nargs="+", default=[64, 512])
+    parser.add_argument("--batches", type=Path, nargs="+", help="folders of .npz, in place of --samples and --images")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--cores", type=int, default=0, help="hold every child to so many; 0 leaves them all")
     parser.add_argument("--rounds", type=int, default=5)
@@ -166,10 +177,14 @@ def main() -> None:
     options = parser.parse_args()
     results = {}
     with tempfile.TemporaryDirectory() as name:
-        for count in options.samples:
-            data = prepare(options.model, count, options.images, options.preprocessing, Path(name) / str(count))
-            rows = results[count] = measure(options.model, data, options)
-            print(f"\n{options.model.name}, {count} samples in batches of {options.batch}")
+        for of in options.batches or options.samples:
+            if options.batches:
+                data, title = of.resolve(), of.name
+            else:
+                data = prepare(options.model, of, options.images, options.preprocessing, Path(name) / str(of))
+                title = f"{of} samples in batches of {options.batch}"
+            rows = results[str(of)] = measure(options.model, data, options)
+            print(f"\n{options.model.name}, {title}")
             for row in rows:
                 label = f"{row['side']} {row['method']}"
                 if "failed" in row:
