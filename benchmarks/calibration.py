@@ -12,7 +12,8 @@ planning, making the session, the pass, deriving the ranges. For the peers (``on
 runs for making the calibrater, collecting and computing. Without ``--images`` the samples are seeded noise; with fewer
 images than samples, images come again. Peak memory is VmHWM of the process, imports and all; samples are read from disk
 a batch at a time. ``--batches`` takes folders of .npz instead, a batch each and an array for every input, such as
-``quantization.py --work WORK`` keeps beside the model. ``--cores 1`` holds every child to one core: there the ratios bear other work on the machine.
+``quantization.py --work WORK`` keeps beside the model. ``--cores 1`` holds every child to one core: there the ratios
+bear other work on the machine.
 """
 
 from __future__ import annotations
