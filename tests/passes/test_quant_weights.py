@@ -110,6 +110,7 @@ def test_a_tensor_is_quantised_once_for_as_long_as_it_lives() -> None:
     assert quantize_weight(tensor, 1, method="amax") is not made
     assert quantize_weight(tensor, 0, method="amax", factor=2.0).scale[0] == 2 * made.scale[0]
     alive = weakref.ref(tensor)
+    gc.collect()  # what other tests left, before it is counted
     before = len(_quant_weights._made)
     del tensor
     gc.collect()
