@@ -50,7 +50,7 @@ test: check
 
 # Not in .venv: onnxruntime-gpu and onnxruntime install the same module, and GPU machines come with their own CUDA.
 test-gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -q -rs tests/gpu
+	PYTHONPATH=. $(PYTHON) -m pytest -q -rs -o addopts= tests/gpu
 
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
