@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 import runtimes
-from runtimes.model_file import check_model_file
 
 TARGETS = ("ort-cuda", "tensorrt", "tensorrt-rtx")
 
@@ -19,5 +20,6 @@ def compile_options(target: str, model: Path, *, largest: int = 512, **options: 
     """What a target needs to take every size from 1 to ``largest`` where the graph leaves one open."""
     if not target.startswith("tensorrt"):
         return options or None
-    names = {dim for shape in check_model_file(model).shapes.values() for dim in shape or () if isinstance(dim, str)}
+    inputs = onnx.load(model, load_external_data=False).graph.input
+    names = {dim.dim_param for value in inputs for dim in value.type.tensor_type.shape.dim if dim.dim_param}
     return {"profiles": [{name: [1, min(8, largest), largest] for name in names}] if names else [], **options}

@@ -47,8 +47,11 @@ class TestTensorRT(GpuContract):
         **dict.fromkeys((*_STRINGS, "bind_strings"), "has no strings"),
         **dict.fromkeys(("echo-int16", "echo-uint16", "echo-uint32", "echo-uint64"), "has no such integers"),
         **dict.fromkeys(("echo-double", "double-exact"), "has no float64"),
+        "names_that_stand_for_no_size_are_not_compared": "takes equal names for equal sizes, whatever the name",
+        "bound_results_of_another_shape_are_told": "has no Compress",
     }
 
 
 class TestTensorRTRTX(TestTensorRT):
     target = "tensorrt-rtx"
+    cannot: ClassVar = {**TestTensorRT.cannot, "bind_refuses_shapes_that_depend_on_data": "has no NonZero"}
