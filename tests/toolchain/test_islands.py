@@ -1,4 +1,4 @@
-"""What is slower in INT8: the cut on made-up times, the profile of a real run, and the search on a graph that has it."""
+"""What is slower in INT8: the cut on made-up times, the profile of a real run, and the search that uses them."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_what_is_slower_is_returned_and_said(monkeypatch: pytest.MonkeyPatch) ->
             model, CPU, calibrate(model, [feeds]), judge, [feeds], data="x", max_drop=None, **options
         )  # type: ignore[arg-type]
 
-    graph, report = made(return_slower=True)
+    _, report = made(return_slower=True)
     assert asked == [("c2",)]  # the second time there is nothing new
     (only,) = report.returned
     assert (only.node, only.op_type, only.cost_ms, only.reason) == ("c2", "Conv", -0.5, SLOWER)
