@@ -331,9 +331,10 @@ def prune_cache(
 
 @cache.command("clear")
 def clear_cache(json: Json = False) -> None:
-    """Removes every entry that no running build uses, and the receipts of checked digests."""
+    """Removes every entry that no running build uses, the receipts of checked digests and OpenVINO's own cache."""
     store = Cache()
-    shutil.rmtree(store.root / "receipts", ignore_errors=True)
+    for folder in ("receipts", "openvino"):
+        shutil.rmtree(store.root / folder, ignore_errors=True)
     _told(store.clear(), json)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,7 +118,10 @@ def test_the_users_folder_is_not_imported_from(tmp_path: Path) -> None:
     code = "import runtimes; print(runtimes.available()['reference'].available)"
     home = str(Path(runtimes.__file__).parent.parent)
     code = f"import sys; sys.path.append({home!r}); import json as _; {code}"
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=True
+    )
     assert done.stdout == "True\n"
 
 
