@@ -191,7 +191,7 @@ def _per_channel(graph: ChannelGraph, node: ir.Node, parameters: range) -> None:
 
 
 def group_norm(graph: ChannelGraph, node: ir.Node) -> None:
-    """Statistics of groups of channels: whole groups go. Scale and shift for each channel, before opset 21 group."""
+    """Statistics of groups of channels: whole groups go. Scale and shift for each channel, as since opset 21."""
     axes = graph.of(node.inputs[0])
     groups = attribute_int(node, "num_groups", 0)
     labels = None if axes is None or len(axes) < 2 else axes[1]
@@ -202,8 +202,7 @@ def group_norm(graph: ChannelGraph, node: ir.Node) -> None:
     for index in (1, 2):
         value = node.inputs[index]
         assert value is not None
-        size = graph.dims(value)
-        graph.tie(heads if size == (groups,) else labels, value, 0, why)
+        graph.tie(labels, value, 0, why)
         graph.role(value, 0, "scale" if index == 1 else "other", node)
     for axis in range(2, len(axes)):
         graph.atoms.freeze(axes[axis], why)

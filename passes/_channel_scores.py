@@ -218,7 +218,9 @@ def _named(groups: Sequence[Group], names: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in names:
         meant = [
-            g.name for g in groups if name == g.name or name in g.layers or any(m.value == name for m in g.members)
+            g.name
+            for g in groups
+            if name in (g.name, *g.layers) or any(m.value == name and "in" not in m.roles for m in g.members)
         ]
         if not meant:
             known = dict.fromkeys(layer for g in groups for layer in g.layers)

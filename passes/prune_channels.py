@@ -32,6 +32,7 @@ import onnx_ir as ir
 from passes._channel_cut import Cut, apply
 from passes._channel_groups import Analysis, Group, analyze
 from passes._channel_scores import KINDS, SCOPES, ChannelScores, importance, plan
+from passes._graph import is_op, scopes
 from passes.base import RECORDS, Declined, InvalidOption, Outcome, Pass, PassFailed, label
 from passes.eliminate_dead_code import EliminateDeadCode
 from passes.fold_constants import FoldConstants
@@ -92,9 +93,7 @@ class PruneChannels(Pass):
         record = _read_record(model)
         if record.get("asked") == self._asked():
             return Outcome(model, False, declined=(Declined("model", "it is pruned like this already"),))
-        # Everything that can fail happens on a copy, which shares the weights.
-        draft = model.clone()
-        prepare(draft)
+        draft = _draft(model)
         analysis = analyze(draft)
         groups, declined = self._eligible(draft, analysis)
         if not groups and not self.blocks:
@@ -168,6 +167,20 @@ def prepare(model: ir.Model) -> bool:
     """
     outcomes = [each(model) for each in (FoldConstants(), EliminateDeadCode())]
     return any(outcome.modified for outcome in outcomes)
+
+
+def _draft(model: ir.Model) -> ir.Model:
+    """A prepared copy, on which everything that can fail happens first. It shares the weights."""
+    draft = model.clone()
+    for scope in scopes(draft):
+        for node in scope.graph:
+            if is_op(node, "Constant") and "value" in node.attributes and not node.attributes["value"].is_ref():
+                # Folding names the tensors of Constants, and the copy's are those of the model.
+                tensor = node.attributes["value"].as_tensor()
+                copy = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+                node.attributes.add(ir.AttrTensor("value", copy))
+    prepare(draft)
+    return draft
 
 
 def _nothing(declined: Sequence[Declined]) -> PassFailed:
