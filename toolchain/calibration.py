@@ -5,17 +5,19 @@ samples at a time, and files each run away in histograms of fixed size: memory i
 many samples there are and in whatever batches they come. ``Observed.calibration`` then derives any method's ranges;
 the data is not read again. ``calibrate`` is both.
 
-Measured by ``benchmarks/calibration.py`` (CPU time on one core over that of a plain forward pass, peak memory of the
-process over that of one that only runs the model in batches of 8; method ``auto``)::
+Measured in fresh processes on two cores against ONNX Runtime that only runs the model on the same batches (time; peak
+memory; method ``auto``; ``benchmarks/results/2026-11-20-int8.md``)::
 
-    ResNet-50, 64 samples              1.52 x    1.27 x
-    EfficientNet-Lite0, 64 samples     2.23 x    1.31 x    (minmax 2.08 x)
-    EfficientNet-Lite0, 512 samples    1.81 x    1.31 x
+    ResNet-50, 64 samples              1.6 x    0.9 x
+    EfficientNet-Lite0, 50 samples     2.2 x    0.9 x
+    EfficientNet-Lite0, 512 samples    1.4 x    1.0 x
+    MiniLM, 512 samples                1.7 x    1.1 x
+    ResNet-20 (CIFAR), 512 samples     2.1 x    1.7 x    (interpreter and imports are 57 of 65 MB)
 
-On EfficientNet-Lite0, keeping 61 values costs 0.46 of a forward pass (they are taken out of the runtime's blocked
-layout), looking at them 0.25; planning, making the session and deriving the ranges take 0.15 s whatever the samples.
-Tried and left out: reductions inside the graph (ReduceMin and ReduceMax 1.0, GlobalMaxPool without a minimum 0.3 by
-itself), IO binding (no gain over ``run``), graph optimisation without blocked layouts (2.8).
+What does not shrink with the samples is the planning and the session (0.02 to 0.1 s) and deriving the ranges (1 ms a
+tensor). Tried and left out: reductions inside the graph (ReduceMin and ReduceMax 1.0 of a forward pass, GlobalMaxPool
+without a minimum 0.3 by itself), IO binding (no gain over ``run``), graph optimisation without blocked layouts (2.8),
+``only_execute_path_to_fetches`` (skips nothing), deriving in threads (no gain).
 """
 
 from __future__ import annotations

@@ -104,9 +104,10 @@ class Observed:
             raise CalibrationError(
                 "there are no samples to calibrate on", hint="give at least one; 50 to 500 are usual"
             )
-        # Freed at once: from then on glibc keeps blocks of up to this size for the next that asks. Without it each array
-        # of the search is fresh pages from the system, which takes as long again as the arithmetic.
-        np.empty(1 << 18)
+        # Freed at once: from then on glibc keeps blocks of up to this size for the next that asks. Without it each
+        # array of the search is fresh pages from the system, which takes half as long again.
+        kept = np.empty(1 << 18)
+        del kept
         found = dict(self.distributions())
         ranges = {name: tensor_range(d, method=method, percentile=percentile) for name, d in found.items()}
         for name, parts in self.plan.joined.items():
