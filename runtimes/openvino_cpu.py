@@ -111,6 +111,7 @@ class OpenVinoCpu(Backend):
     device_class: ClassVar[str] = "cpu"
     options_type: ClassVar[type] = OpenVinoOptions
     packages: ClassVar[tuple[str, ...]] = ("openvino",)
+    threads_option: ClassVar[str | None] = "threads"
 
     def probe(self) -> Availability:
         if importlib.util.find_spec("openvino") is None:

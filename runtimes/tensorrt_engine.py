@@ -98,6 +98,7 @@ class TensorRT(Backend):
     """The backend of ``tensorrt``."""
 
     name: ClassVar[str] = "tensorrt"
+    packages: ClassVar[tuple[str, ...]] = ("tensorrt",)
     execution_provider: ClassVar[str | None] = None
     device_class: ClassVar[str] = "gpu"
     options_type: ClassVar[type] = TensorRTOptions
@@ -356,6 +357,7 @@ class TensorRTRtx(TensorRT):
     """The backend of ``tensorrt-rtx``."""
 
     name: ClassVar[str] = "tensorrt-rtx"
+    packages: ClassVar[tuple[str, ...]] = ("tensorrt_rtx",)
 
 
 BACKEND = TensorRT()
