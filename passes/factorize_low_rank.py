@@ -130,7 +130,8 @@ class FactorizeLowRank(Pass):
         if tensor.dtype not in FLOATS:
             raise NotLinear(f"its weight is {tensor.dtype.name.lower()}")
         if len(value.uses()) != 1 or value.is_graph_output():
-            raise NotLinear("its weight is shared: each reader would get factors of its own")
+            others = ", ".join(label(user) for user, _ in value.uses() if user is not node) or "the graph's output"
+            raise NotLinear(f"its weight is read by {others} too (fold_constants takes Shape away)")
         if (other := _other_factor(node)) is not None:
             raise NotLinear(f"it is a factor already: between it and {label(other)} there is nothing")
         if node.op_type == "ConvTranspose":
@@ -193,8 +194,8 @@ class FactorizeLowRank(Pass):
         """[O, I, k...] as [O, r], [r, s, k...] and [s, I]."""
         outputs, inputs, taps = kernel.shape[0], kernel.shape[1], math.prod(kernel.shape[2:])
         weighted = half.weighted(kernel)
-        left, s_left, _ = np.linalg.svd(weighted.reshape(outputs, -1), full_matrices=False)
-        right, s_right, _ = np.linalg.svd(weighted.swapaxes(0, 1).reshape(inputs, -1), full_matrices=False)
+        left, s_left = _basis(weighted.reshape(outputs, -1))
+        right, s_right = _basis(weighted.swapaxes(0, 1).reshape(inputs, -1))
 
         def cost(r: int, s: int) -> int:
             # the first runs at the resolution of the input
@@ -314,10 +315,16 @@ def _orthogonal_iteration(weight: np.ndarray, left: np.ndarray, right: np.ndarra
     """Improves the bases of both channel axes in turn."""
     for _ in range(_ITERATIONS):
         seen = np.einsum("oi...,is->os...", weight, right, optimize=True).reshape(len(left), -1)
-        left = np.linalg.svd(seen, full_matrices=False)[0][:, : left.shape[1]]
+        left = _basis(seen)[0][:, : left.shape[1]]
         seen = np.einsum("oi...,or->ir...", weight, left, optimize=True).reshape(len(right), -1)
-        right = np.linalg.svd(seen, full_matrices=False)[0][:, : right.shape[1]]
+        right = _basis(seen)[0][:, : right.shape[1]]
     return left, right
+
+
+def _basis(wide: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Left singular vectors and singular values of [n, m] with many more columns than rows, largest first."""
+    values, vectors = np.linalg.eigh(wide @ wide.T)
+    return vectors[:, ::-1], np.sqrt(np.maximum(values[::-1], 0))
 
 
 def _cp_equation(axes: int) -> str:

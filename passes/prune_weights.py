@@ -6,8 +6,10 @@
 
 What a weight is worth (``method``):
 
-* l1, l2: its magnitude, as in torch.nn.utils.prune (Han et al. 2015, arXiv 1506.02626). Of a single number both norms
-  order alike, so they give one mask.
+* l1: its magnitude, as in torch.nn.utils.prune (Han et al. 2015, arXiv 1506.02626).
+* l2: its share of the squared norm of its layer's weights that are not smaller (LAMP, Lee et al. 2021, arXiv
+  2010.07611). Within a layer that orders as l1 does; in scope global it does not depend on the scale of a layer.
+  Folding BatchNormalization gives every layer a scale of its own, and l1 in scope global then empties layers.
 * wanda: its magnitude times the norm of the input channel that it multiplies, |w| * ||x|| (Sun et al. 2023, "A Simple
   and Effective Pruning Approach for Large Language Models", arXiv 2306.11695). ``toolchain/layer_statistics.py``
   gathers the norms.
@@ -201,6 +203,8 @@ class PruneWeights(Pass):
             scores = np.abs(weight)
             if self.method == "wanda":
                 scores *= self._norms_of(layer, weight).reshape(weight.shape[0], 1, -1, 1)
+            elif self.method == "l2":
+                scores = _share_of_larger(scores)
         scores[weight == 0] = -1
         return scores
 
@@ -295,13 +299,23 @@ def _layer(weight: ir.Value, nodes: list[ir.Node], exclude: Sequence[str]) -> _L
     if weight.is_graph_output():
         raise NotLinear("its weight is an output of the graph")
     for node, index in weight.uses():
-        if index != 1 or not is_op(node, *LINEAR):
+        if (index != 1 or not is_op(node, *LINEAR)) and not is_op(node, "Shape", "Size"):
             raise NotLinear(f"{label(node)} ({node.op_type}) reads its weight too")
     shapes = {canonical(node, np.empty(tensor.shape.numpy(), np.bool_)).shape for node in nodes}
     kinds = {(node.op_type, str(node.attributes.get("transB"))) for node in nodes}
     if len(shapes) != 1 or len(kinds) != 1:
         raise NotLinear("its weight is read in several ways")
     return _Layer(weight, tuple(nodes), tensor.numpy())
+
+
+def _share_of_larger(magnitudes: np.ndarray) -> np.ndarray:
+    """The square of each over the sum of the squares of all that are not smaller."""
+    flat = np.square(magnitudes).reshape(-1)
+    order = np.argsort(-flat, kind="stable")
+    shares: np.ndarray = np.zeros_like(flat)
+    total = np.cumsum(flat[order])
+    shares[order] = flat[order] / np.where(total > 0, total, 1)
+    return shares.reshape(magnitudes.shape)
 
 
 def _keep_best(rows: np.ndarray, share: float) -> np.ndarray:

@@ -24,7 +24,7 @@ import math
 import struct
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +34,7 @@ import onnx
 import onnx_ir as ir
 import pydantic
 
-from passes.base import Declined
+from passes.base import Declined, graphs
 from runtimes import InvalidInput, InvalidModel
 from toolchain.onnx_file import EXTERNAL_DATA_FROM, read_onnx
 from toolchain.storage import write_bytes
@@ -58,8 +58,10 @@ _EXACT, _CELLS = 32, 768
 
 
 class _Tensor(pydantic.BaseModel):
+    """A weight; ``index`` is its place among all tensors of the graph, see ``_tensors``."""
+
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-    name: str
+    index: pydantic.NonNegativeInt
     dtype: Literal["FLOAT", "DOUBLE", "FLOAT16"]
     shape: list[pydantic.NonNegativeInt]
     values: int = pydantic.Field(ge=1, le=256)
@@ -81,7 +83,7 @@ class EncodedTensor:
     """What became of a weight.
 
     Attributes:
-        name: of the initializer.
+        name: of the initializer, or of the output of its Constant.
         elements: of it.
         raw_bytes: as floats.
         encoded_bytes: of its values and codes.
@@ -128,28 +130,32 @@ def encode(model: ir.Model, path: Path, *, codec: Codec = "kmeans", levels: int 
         GraphError, InvalidModel, StorageError: nothing was written.
     """
     _check_levels(codec, levels)
-    copy = model.clone()
+    proto = _proto_of(model)
     header_tensors: list[_Tensor] = []
     parts: list[bytes] = []
     report: list[EncodedTensor] = []
     kept: list[Declined] = []
-    for name, value in copy.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None or tensor.dtype.name not in _DTYPES:
+    for index, (name, tensor) in enumerate(_tensors(proto)):
+        dtype = onnx.TensorProto.DataType.Name(tensor.data_type)
+        if dtype not in _DTYPES:
             continue
-        data = tensor.numpy()
-        reason = _why_not(data, smallest) if not value.is_graph_input() else "it is a default that callers may override"
+        data = onnx.numpy_helper.to_array(tensor)
+        reason = _why_not(data, smallest)
         if reason is not None:
             kept.append(Declined(name, reason))
             continue
         values, codes = quantise(data, codec=codec, levels=levels)
         coder, packed = _pack(codes)
-        entry = {"name": name, "dtype": tensor.dtype.name, "shape": list(data.shape), "values": len(values)}
+        entry = {"index": index, "dtype": dtype, "shape": list(data.shape), "values": len(values)}
         header_tensors.append(_Tensor.model_validate({**entry, "coder": coder, "size": len(packed)}))
         parts += [values.astype("<f4").tobytes(), packed]
         report.append(_reported(name, data, values, codes, 4 * len(values) + len(packed)))
-        value.const_value = ir.Tensor(np.empty(0, data.dtype), name=name)
-    graph = _bytes_of(copy)
+        _empty(tensor)
+    graph = proto.SerializeToString()
+    if len(graph) > _MOST_GRAPH:
+        raise InvalidInput(
+            f"what is not encoded takes {len(graph)} bytes, more than {_MOST_GRAPH}", hint="encode smaller weights too"
+        )
     squeezed = lzma.compress(graph)
     header = _Header(
         version=1, codec=codec, graph_size=len(squeezed), graph_raw=len(graph), tensors=header_tensors
@@ -183,20 +189,20 @@ def decode(path: Path, *, most_bytes: int = EXTERNAL_DATA_FROM) -> ir.Model:
         proto.ParseFromString(raw)
     except google.protobuf.message.DecodeError as error:
         raise _damaged(path, f"its graph is no ONNX ({error})") from error
-    initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
-    for tensor in header.tensors:
-        initializer = initializers.get(tensor.name)
-        if initializer is None:
-            raise _damaged(path, f"its graph has no weight {tensor.name!r}")
-        values = np.frombuffer(content, "<f4", tensor.values, at)
-        at += 4 * tensor.values
-        elements = math.prod(tensor.shape)
-        codes = np.frombuffer(_unpack(tensor.coder, content[at : at + tensor.size], elements, path), np.uint8)
-        at += tensor.size
-        if codes.size and int(codes.max()) >= tensor.values:
-            raise _damaged(path, f"a code of {tensor.name!r} stands for nothing")
-        data = values.astype(_DTYPES[tensor.dtype])[codes].reshape(tensor.shape)
-        initializer.CopyFrom(onnx.numpy_helper.from_array(data, tensor.name))
+    found = [tensor for _, tensor in _tensors(proto)]
+    for entry in header.tensors:
+        if entry.index >= len(found) or list(found[entry.index].dims) != entry.shape:
+            raise _damaged(path, f"its graph has no weight {entry.index} of shape {entry.shape}")
+        values = np.frombuffer(content, "<f4", entry.values, at)
+        at += 4 * entry.values
+        elements = math.prod(entry.shape)
+        codes = np.frombuffer(_unpack(entry.coder, content[at : at + entry.size], elements, path), np.uint8)
+        at += entry.size
+        if codes.size and int(codes.max()) >= entry.values:
+            raise _damaged(path, f"a code of weight {entry.index} stands for nothing")
+        data = values.astype(_DTYPES[entry.dtype])[codes].reshape(entry.shape)
+        name = found[entry.index].name
+        found[entry.index].CopyFrom(onnx.numpy_helper.from_array(data, name))
     with tempfile.TemporaryDirectory(prefix="toolchain-") as folder:
         file = Path(folder) / "model.onnx"
         file.write_bytes(proto.SerializeToString())
@@ -356,14 +362,45 @@ def _reported(name: str, data: np.ndarray, values: np.ndarray, codes: np.ndarray
     return EncodedTensor(name, data.size, data.nbytes, size, bits / 8, lost / power if power else 0.0)
 
 
-def _bytes_of(model: ir.Model) -> bytes:
-    """The graph as ONNX; what is in files comes into it."""
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if size > _MOST_GRAPH:
-        raise InvalidInput(
-            f"what is not encoded takes {size} bytes, more than {_MOST_GRAPH}", hint="encode smaller weights too"
-        )
-    return bytes(ir.to_proto(ir.external_data.load_to_model(model)).SerializeToString())
+def _proto_of(model: ir.Model) -> onnx.ModelProto:
+    """The graph as ONNX in memory; what is in files comes into it."""
+    size = sum(
+        value.const_value.nbytes
+        for graph in graphs(model)
+        if isinstance(graph, ir.Graph)
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+    if size > EXTERNAL_DATA_FROM:
+        raise InvalidInput(f"the weights take {size} bytes, more than {EXTERNAL_DATA_FROM}", hint="encode it in parts")
+    return ir.to_proto(ir.external_data.load_to_model(model))
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """Every initializer and every tensor of a Constant, subgraphs and functions too, always in the same order."""
+    yield from _of_graph(proto.graph)
+    for function in proto.functions:
+        yield from _of_nodes(function.node)
+
+
+def _of_graph(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    yield from ((tensor.name, tensor) for tensor in graph.initializer)
+    yield from _of_nodes(graph.node)
+
+
+def _of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, onnx.TensorProto]]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "value":
+                yield node.output[0], attribute.t
+            for inner in [attribute.g] if attribute.HasField("g") else [*attribute.graphs]:
+                yield from _of_graph(inner)
+
+
+def _empty(tensor: onnx.TensorProto) -> None:
+    """Takes the numbers out of a tensor and leaves its shape."""
+    for field in ("raw_data", "float_data", "double_data", "int32_data"):
+        tensor.ClearField(field)
 
 
 def _open(path: Path) -> tuple[_Header, bytes, int]:

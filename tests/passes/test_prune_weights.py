@@ -126,6 +126,35 @@ def test_global_takes_from_where_weights_are_small() -> None:
     assert (weight_of(model, "b") == 0).mean() == 0.5
 
 
+def test_global_l2_does_not_depend_on_the_scale_of_a_layer() -> None:
+    """LAMP by its definition; a layer that is a hundredth of the other in scale keeps its share."""
+    a, b = normal(16, 16), normal(16, 4, seed=4)
+    masks = []
+    for scale in (1, 0.01):
+        model = ir.from_proto(parse(TWO, a=(a * scale).astype(np.float32), b=b))
+        assert PruneWeights(sparsity=0.5, scope="global", method="l2")(model).fired == 2
+        assert not PruneWeights(sparsity=0.5, scope="global", method="l2")(model).modified
+        masks.append([weight_of(model, name) != 0 for name in "ab"])
+    for one, other in zip(*masks, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+    def scores(w: np.ndarray) -> np.ndarray:
+        squares = np.square(w.astype(np.float64))
+        return np.array([s / squares[squares >= s].sum() for s in squares.reshape(-1)])
+
+    both = np.concatenate([scores(a), scores(b)])
+    kept = np.concatenate([mask.reshape(-1) for mask in masks[0]])
+    assert kept.sum() == 160
+    assert both[kept].min() > both[~kept].max()
+
+
+def test_a_node_that_only_looks_at_the_shape_does_not_mind() -> None:
+    text = (
+        "agraph (float[N, 16] x, float[16, 16] a) => (float[N, 16] y, int64[2] s) { y = MatMul (x, a)\n s = Shape (a) }"
+    )
+    assert PruneWeights()(ir.from_proto(parse(text, a=normal(16, 16)))).fired == 1
+
+
 def test_wanda_is_magnitude_times_norm_within_each_output_channel() -> None:
     w, norms = normal(48, 32), np.abs(normal(48, seed=9)).astype(np.float64)
     model = one_layer("matmul", w)

@@ -177,11 +177,11 @@ def test_damaged_files(tmp_path: Path) -> None:
         changed(graph_raw=1 << 40): "graph_raw",
         changed(graph_raw=10): "more than 10 bytes",
         changed(graph_size=-1): "graph_size",
-        changed(tensors=[{**first, "shape": [10]}]): "bytes",
+        changed(tensors=[{**first, "shape": [10]}]): "of shape",
         changed(tensors=[{**first, "values": 0}]): "values",
         sealed({**header, "tensors": [bombed]}, graph + values + bomb): "more than",
         changed(tensors=[{**first, "shape": [1 << 40]}]): "raise most_bytes",
-        changed(tensors=[{**first, "name": "v"}]): "no weight 'v'",
+        changed(tensors=[{**first, "index": 99}]): "no weight 99",
         sealed({**header, "graph_size": len(lzma.compress(b"rubbish")), "graph_raw": 7, "tensors": []},
                lzma.compress(b"rubbish")): "no ONNX",
         sealed({**header, "graph_size": 7, "tensors": []}, b"rubbish"): "decompressed",
@@ -194,6 +194,30 @@ def test_damaged_files(tmp_path: Path) -> None:
             decode(path)
     with pytest.raises(InvalidModel, match="cannot read"):
         decode(tmp_path / "absent")
+
+
+def test_weights_in_constants_and_branches(tmp_path: Path) -> None:
+    import onnx
+
+    heavy = onnx.numpy_helper.from_array(normal(40, 40), "v")
+    text = """<ir_version: 8, opset_import: ["" : 20]> agraph (bool c, float[2, 40] x) => (float[2, 40] y) {
+        y = If (c) <then_branch = one () => (float[2, 40] a) { a = Relu (x) },
+                    else_branch = two () => (float[2, 40] b) { b = Relu (x) }> }"""
+    proto = onnx.parser.parse_model(text)
+    then, other = (attribute.g for attribute in proto.graph.node[0].attribute)
+    then.initializer.append(heavy)
+    then.node[0].CopyFrom(onnx.helper.make_node("MatMul", ["x", "v"], ["a"]))
+    other.node[0].CopyFrom(onnx.helper.make_node("MatMul", ["x", "k"], ["b"]))
+    other.node.insert(0, onnx.helper.make_node("Constant", [], ["k"], value=heavy))
+    model = ir.from_proto(proto)
+    report = encode(model, tmp_path / "net.otc", levels=16)
+    assert [t.name for t in report.tensors] == ["v", "k"]
+    back = ir.to_proto(decode(tmp_path / "net.otc"))
+    then, other = (attribute.g for attribute in back.graph.node[0].attribute)
+    for tensor in (then.initializer[0], other.node[0].attribute[0].t):
+        found = onnx.numpy_helper.to_array(tensor)
+        assert len(np.unique(found)) == 16
+        assert np.square(found - normal(40, 40)).mean() < 0.02
 
 
 def test_codes_beyond_the_values(tmp_path: Path) -> None:
