@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import mmap
 import platform
+import re
 import shutil
 import sys
 import warnings
@@ -227,15 +228,16 @@ def _prepare(portable: Path, directory: Path, options: OrtCpuOptions) -> tuple[b
     if options.graph_level == "disabled":
         make_session(portable, _session_options(options, "disabled"), ["CPUExecutionProvider"])
         return False, "graph_level disabled leaves nothing to prepare"
-    directory.mkdir()
     file = directory / "model.onnx"
-    saving = _session_options(options, options.graph_level)
-    saving.optimized_model_filepath = str(file)
-    saving.add_session_config_entry("session.optimized_model_external_initializers_file_name", "model.onnx.data")
-    # Weights in the layout of the kernels; external, so that they are mapped and shared between processes.
-    saving.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     try:
-        saved = make_session(portable, saving, ["CPUExecutionProvider"])
+        for least in _EXTERNAL_FROM:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            saved = make_session(portable, _saving(options, file, least), ["CPUExecutionProvider"])
+            if _kernels_find_their_weights(file):
+                break
+        else:
+            return False, "ONNX Runtime packed weights for its kernels, but not where they could load them from"
     except Error as error:
         # Whose fault it is shows when nothing is saved: this raises if it is the model's.
         make_session(portable, _session_options(options, options.graph_level), ["CPUExecutionProvider"])
@@ -255,6 +257,34 @@ def _prepare(portable: Path, directory: Path, options: OrtCpuOptions) -> tuple[b
     if _mentions(file, str(directory.resolve())):
         return False, "its optimised graph names a folder of this machine"
     return True, None
+
+
+#: Weights of so many bytes and more are written to the file that is mapped. ONNX Runtime begins those of a MiB and more
+#: on a page and all others where the one before ends, so an odd one among them moves what follows off the cache lines.
+_EXTERNAL_FROM = (1 << 10, 1 << 18, 1 << 20)
+#: Where a kernel expects what it packed to begin: a cache line, and the widest vector register.
+_LINE = 64
+
+
+def _saving(options: OrtCpuOptions, file: Path, least: int) -> Any:
+    """Session options that write ONNX Runtime's optimised graph, with the weights in the layout of the kernels."""
+    saving = _session_options(options, options.graph_level)
+    saving.optimized_model_filepath = str(file)
+    for key, value in (
+        # external, so that they are mapped and shared between processes
+        ("session.optimized_model_external_initializers_file_name", "model.onnx.data"),
+        ("session.optimized_model_external_initializers_min_size_in_bytes", str(least)),
+        ("session.save_external_prepacked_constant_initializers", "1"),
+    ):
+        saving.add_session_config_entry(key, value)
+    return saving
+
+
+def _kernels_find_their_weights(file: Path) -> bool:
+    """Whether all packed weights begin on a cache line. ONNX Runtime does not see to it, and kernels that load whole
+    lines from elsewhere end the process."""
+    # "prepacked_0": "MatMul+15048010837058499496|71155712;589824;0", one part with | for each buffer
+    return all(int(offset) % _LINE == 0 for offset in re.findall(rb"\|(\d+);\d+;\d", file.read_bytes()))
 
 
 def _mentions(file: Path, text: str) -> bool:

@@ -399,3 +399,37 @@ def test_fingerprint_is_stable_and_says_what_it_must() -> None:
     if sys.platform == "linux" and first["machine"] == "x86_64":
         assert "sse4_2" in first["cpu"].split()
         assert first["cpu"].split() == sorted(first["cpu"].split())
+
+
+def test_packed_weights_begin_on_cache_lines(tmp_path: Path) -> None:
+    """A weight of an odd size before them moved them, and the kernels that load whole lines ended the process."""
+    rng = np.random.default_rng(0)
+    weights = [onnx.numpy_helper.from_array(rng.standard_normal(301).astype("float32"), "odd")]
+    nodes = [onnx.helper.make_node("ReduceSum", ["odd"], ["s"]), onnx.helper.make_node("Add", ["x", "s"], ["v0"])]
+    for index in range(3):
+        weights.append(onnx.numpy_helper.from_array(rng.standard_normal((384, 384)).astype("float32"), f"w{index}"))
+        nodes.append(onnx.helper.make_node("MatMul", [f"v{index}", f"w{index}"], [f"v{index + 1}"]))
+    nodes.append(onnx.helper.make_node("Gather", ["odd", "i"], ["picked"]))  # keeps the odd one as it is
+    info = onnx.helper.make_tensor_value_info
+    inputs = [info("x", 1, ["N", 384]), info("i", 7, ["K"])]
+    outputs = [info("v3", 1, ["N", 384]), info("picked", 1, ["K"])]
+    graph = onnx.helper.make_graph(nodes, "g", inputs, outputs, weights)
+    model = onnx.helper.make_model(graph, ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 19)])
+    onnx.save(model, tmp_path / "m.onnx")
+    compiled = runtimes.compile(tmp_path / "m.onnx", "ort-cpu", tmp_path / "compiled")
+    assert compiled.prepared_file
+    saved = onnx.load(compiled.directory / compiled.prepared_file, load_external_data=False)
+    packed = [
+        int(offset)
+        for tensor in saved.graph.initializer
+        for entry in tensor.external_data
+        if entry.key.startswith("prepacked")
+        for offset in re.findall(r"\|(\d+);", entry.value)
+    ]
+    assert len(packed) == 3
+    assert not any(offset % 64 for offset in packed)
+    feeds = {"x": rng.standard_normal((2, 384)).astype("float32"), "i": np.array([3, 300])}
+    with BACKEND.load(compiled) as session:
+        assert session.info["file"] == compiled.prepared_file
+        for got, wanted in zip(session.run(feeds).values(), run_raw(tmp_path / "m.onnx", feeds), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-5)
