@@ -16,6 +16,7 @@ from toolchain.compile import session_options
 from toolchain.errors import FidelityError, GraphError
 from toolchain.export import Exported
 from toolchain.line import Debugging, Line, Lowered
+from toolchain.lower import CALIBRATED
 from toolchain.machine import this_machine
 from toolchain.measure import compared, compile_variant, measure, session_values
 from toolchain.optimize import PassReport
@@ -218,7 +219,7 @@ def _pack(line: Line, report: BuildReport, variants: list[Variant]) -> None:
         "machine": to_json(this_machine()),
     }
     texts = {"recipe.yaml": dump(recipe), "report.json": dumps(report) + "\n", "report.html": html(report)}
-    if any(variant.precision == "int8" for variant in variants):
+    if any(variant.precision in CALIBRATED for variant in variants):
         texts[CALIBRATION] = calibration_file.dumps(line.calibration)
     write_artifact(
         line.destination,

@@ -47,9 +47,10 @@ BY_PASS: Mapping[str, str] = {
     "fp16": "convert_float16",
 }
 
-
 #: INT8 with what stays in float in 16 bits: the targets that have both kinds of arithmetic.
 INT8_FP16 = "int8-fp16"
+#: Precisions that need the ranges of a calibration.
+CALIBRATED = ("int8", INT8_FP16)
 #: From here on Q/DQ have 16-bit scales.
 _HALF_OPSET = 19
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from toolchain.benchmark import BenchReport, Comparison
 from toolchain.metrics import TensorError
+from toolchain.quantization import Int8Report
 from toolchain.report import BuildReport
 
 _DECLINED_SHOWN = 3
@@ -57,6 +58,16 @@ def _loss(metric: str, value: float) -> str:
     return f"{100 * value:.2f} % other class" if metric == "agreement" else f"{value:.2g} noise/signal"
 
 
+def _tools(int8: Int8Report) -> str:
+    """The accuracy tools that were used."""
+    used = {
+        "equalization": int8.equalization,
+        "SmoothQuant": int8.smooth_quant,
+        "bias correction": int8.bias_correction,
+    }
+    return ", ".join(f"{n} ({v})" if v != "on" else n for n, v in used.items() if v != "none") or "-"
+
+
 def sections(report: BuildReport) -> list[Rows]:
     """The report's tables as (title, header, rows): one source for the terminal and the page."""
     found: list[Rows] = []
@@ -93,9 +104,9 @@ def sections(report: BuildReport) -> list[Rows]:
             _loss(v.int8.metric, v.int8.drop),
             _loss(v.int8.metric, v.int8.full_drop),
             "-" if v.int8.max_drop is None else _loss(v.int8.metric, v.int8.max_drop),
-            v.int8.bias_correction,
+            _tools(v.int8),
             str(v.int8.evaluations),
-            f"{v.int8.data} ({v.int8.samples})",
+            f"{v.int8.data} ({v.int8.samples}), {v.int8.judged_on}",
         )
         for v in report.variants
         if v.int8
@@ -107,19 +118,35 @@ def sections(report: BuildReport) -> list[Rows]:
             "loss",
             "all in INT8",
             "budget",
-            "bias corrected",
+            "with",
             "evaluations",
             "judged on",
         )
         found.append(("INT8 against float32", header, rows))
     rows = [
-        (r.node, r.op_type, f"{r.nmse:.2g}", "-" if r.cost_ms is None else f"{r.cost_ms:+.3f} ms")
+        (v.name, trial.tools, "-" if trial.drop is None else _loss(v.int8.metric, trial.drop), trial.note or "-")
+        for v in report.variants
+        if v.int8 and len(v.int8.tried) > 1
+        for trial in v.int8.tried
+    ]
+    if rows:
+        found.append(("Tried, everything in INT8", ("variant", "with", "loss", "why not"), rows))
+    rows = [
+        (
+            v.name,
+            r.node,
+            r.op_type,
+            r.reason,
+            f"{r.nmse:.2g}",
+            "-" if r.cost_ms is None else f"{r.cost_ms:+.3f} ms",
+        )
         for v in report.variants
         if v.int8
         for r in v.int8.returned
     ]
     if rows:
-        found.append(("Left in float for the budget", ("node", "op", "own noise/signal", "costs"), rows))
+        header = ("variant", "node", "op", "for", "own noise/signal", "float costs")
+        found.append(("Left in float", header, rows))
     rows = [
         (v.name, label, percent(top1), percent(top5), str(v.accuracy.samples), percent(v.accuracy.agreement))
         for v in report.variants
