@@ -54,16 +54,15 @@ class Editor:
         inputs[index] = value
         set_inputs(node, inputs)
 
-    def add_to(self, value: ir.Value, delta: Sequence[int], *, readers: Sequence[tuple[ir.Node, int]]) -> None:
-        """Lets the readers have ``value + delta`` (an int64 vector) in place of ``value``."""
+    def adjust(
+        self, value: ir.Value, op_type: str, by: Sequence[int], *, readers: Sequence[tuple[ir.Node, int]]
+    ) -> None:
+        """Lets the readers have ``value`` plus (Add) or times (Mul) an int64 vector in place of ``value``."""
         first = readers[0][0]
         amount = new_constant(
-            self._scope,
-            np.array(delta, dtype=np.int64),
-            self._names.fresh(f"{value.name}_delta"),
-            before=first,
+            self._scope, np.array(by, dtype=np.int64), self._names.fresh(f"{value.name}_by"), before=first
         )
-        node = ir.Node("", "Add", [value, amount], name=self._names.fresh(f"{value.name}_adjust"))
+        node = ir.Node("", op_type, [value, amount], name=self._names.fresh(f"{value.name}_adjust"))
         node.outputs[0].name = self._names.fresh(f"{value.name}_adjusted")
         node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
         producer = value.producer()
@@ -94,12 +93,17 @@ class ChannelGraph:
         layers: nodes with a constant weight, in the order of the graph.
         rewrites: to be called with an Editor when the graph is cut.
         shapes: the same for Shape nodes, to be called after all others.
-        carriers: for a Reshape that splits an axis which of the new axes carries the atoms; filled in by its rule.
+        preferred: for a Reshape that splits an axis the how manieth of the new axes carries the atoms.
+        largest_first: whether these are counted from the largest, not from the outermost.
+        carriers: for a Reshape that splits an axis the new axes to choose from and the atoms; filled in by its rule.
         whole: why an axis of a constant carries no atoms, where it has more than one index.
+        merged: for a Reshape that splits an axis what was merged into it before a Transpose.
         heads: atoms along which a product of two computed matrices is batched.
     """
 
-    def __init__(self, model: ir.Model, preferred: Mapping[ir.Node, int] | None = None) -> None:
+    def __init__(
+        self, model: ir.Model, preferred: Mapping[ir.Node, int] | None = None, *, largest_first: bool = False
+    ) -> None:
         self.model = model
         self.opset = default_opset(model.opset_imports)
         self.atoms = Atoms()
@@ -109,7 +113,9 @@ class ChannelGraph:
         self.rewrites: list[Callable[[Editor], None]] = []
         self.shapes: list[Callable[[Editor], None]] = []
         self.preferred = preferred or {}
-        self.carriers: dict[ir.Node, tuple[list[int], int, npt.NDArray[np.int64]]] = {}
+        self.largest_first = largest_first
+        self.carriers: dict[ir.Node, tuple[list[int], npt.NDArray[np.int64]]] = {}
+        self.merged: dict[ir.Node, list[Labels]] = {}
         self.heads: list[npt.NDArray[np.int64]] = []
         self.whole: dict[tuple[ir.Value, int], str] = {}
         self._unset: set[tuple[ir.Value, int]] = set()

@@ -23,8 +23,8 @@ from passes._channel_rules import visit
 from passes._graph import constant
 from passes.base import Declined, label
 
-#: how often another axis of a split is tried where the first turned out to be kept
-_TRIES = 4
+#: how many other axes of a split are tried where one turned out to be kept
+_TRIES = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -95,24 +95,53 @@ def find_groups(model: ir.Model) -> tuple[Group, ...]:
 
 
 def analyze(model: ir.Model) -> Analysis:
-    """``find_groups``, with the reasons for what cannot be cut. Raises PassFailed."""
+    """``find_groups``, with the reasons for what cannot be cut. Raises PassFailed.
+
+    Where an axis is split, whole heads go if the outer of the new axes carries the channels, as attention wants it; if
+    the largest does, there is more to choose from, as where channels are shuffled. What leaves less whole is taken.
+    """
+    graph = _lay(model, largest_first=False)
+    frozen = graph.atoms.reasons()
+    if graph.carriers:
+        other = _lay(model, largest_first=True)
+        others = other.atoms.reasons()
+        if _reach(other, others) > _reach(graph, frozen):
+            graph, frozen = other, others
+    return _collect(graph, frozen)
+
+
+def _lay(model: ir.Model, *, largest_first: bool) -> ChannelGraph:
+    """Lays atoms along all axes; where an axis of a split turns out to be kept, the next is tried."""
     preferred: dict[ir.Node, int] = {}
-    for _ in range(_TRIES):
-        graph = ChannelGraph(model, preferred)
+    while True:
+        graph = ChannelGraph(model, preferred, largest_first=largest_first)
         for node in model.graph:
             visit(graph, node)
         for value in model.graph.outputs:
             graph.keep_whole(value, f"it is in the output {value.name!r}")
         frozen = graph.atoms.reasons()
-        again = False
-        for node, (order, _, atoms) in graph.carriers.items():
-            tried = preferred.get(node, 0)
-            if tried + 1 < len(order) and (frozen[graph.atoms.roots(atoms)] >= 0).all():
-                preferred[node] = tried + 1
-                again = True
-        if not again:
-            break
-    return _collect(graph, frozen)
+        kept = [
+            node
+            for node, (order, atoms) in graph.carriers.items()
+            if preferred.get(node, 0) + 1 < len(order) and (frozen[graph.atoms.roots(atoms)] >= 0).all()
+        ]
+        if not kept or max(preferred.values(), default=0) >= _TRIES:
+            return graph
+        preferred.update({node: preferred.get(node, 0) + 1 for node in kept})
+
+
+def _reach(graph: ChannelGraph, frozen: npt.NDArray[np.int64]) -> tuple[float, int]:
+    """How many weights lie on channels that can be cut, and how many classes those are."""
+    weights, classes = 0.0, set()
+    for layer in graph.layers:
+        labels = graph.axes[layer.weight][layer.axis]
+        tensor = constant(layer.weight)
+        if labels is not None and tensor is not None:
+            roots = graph.atoms.roots(labels)
+            free = roots[frozen[roots] < 0]
+            weights += tensor.size * len(free) / len(labels)
+            classes.update(free.tolist())
+    return weights, len(classes)
 
 
 def _collect(graph: ChannelGraph, frozen: npt.NDArray[np.int64]) -> Analysis:

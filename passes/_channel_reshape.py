@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from passes._channel_atoms import Labels
 from passes._channel_graph import ChannelGraph, Dim, Editor
-from passes._graph import attribute_int, attribute_ints, given, integers
+from passes._graph import attribute_int, attribute_ints, given, integers, is_op, only_use
 from passes.base import label
 
 
@@ -25,6 +25,7 @@ def reshape(graph: ChannelGraph, node: ir.Node) -> None:
     axes = _regrouped(graph, node)
     if axes is None:
         return
+    _bring_back(graph, node, axes)
     plan = _shape_entries(graph, node, target, axes)
     if plan is None:
         why = f"{label(node)}: its new shape is computed, with more than one size that is not known"
@@ -98,11 +99,50 @@ def _regrouped(graph: ChannelGraph, node: ir.Node) -> list[Labels] | None:
         sizes = [[shape[axis] for axis in span] for shape, span in ((old, before), (new, after))]
         numbers = [[n for n in part if isinstance(n, int)] for part in sizes]
         if any(len(a) != len(b) for a, b in zip(sizes, numbers, strict=True)) or not after or 0 in numbers[0]:
+            if _comes_back(graph, node, before, after):
+                continue
             for axis in before:
                 graph.atoms.freeze(axes[axis], f"{label(node)} mixes it with sizes that are not known")
             continue
         _spread(graph, node, axes, before, numbers[0], after, numbers[1], result)
     return result
+
+
+def _comes_back(graph: ChannelGraph, node: ir.Node, before: range, after: range) -> bool:
+    """Whether axes are merged for a Transpose alone, and split again right behind it.
+
+    So the keys of attention are exported: [batch, heads, s, d] to [-1, s, d], transposed, and back to four axes. The
+    batch is not known, so neither is the merged axis, but what was merged comes out again as it went in.
+    """
+    target = integers(given(node, 1))
+    if len(after) != 1 or target is None or target[after[0]] != -1:
+        return False
+    middle = only_use(node.outputs[0])
+    last = None if middle is None or not is_op(middle, "Transpose") else only_use(middle.outputs[0])
+    if middle is None or last is None or not is_op(last, "Reshape"):
+        return False
+    old, rank = graph.dims(node.inputs[0]), graph.rank(node.outputs[0])
+    new = graph.dims(last.outputs[0])
+    if old is None or new is None or rank is None:
+        return False
+    order = attribute_ints(middle, "perm") or tuple(reversed(range(rank)))
+    sizes = [old[axis] for axis in before]
+    mid, parted = graph.dims(node.outputs[0]), integers(given(last, 1))
+    if mid is None or order[0] != after[0] or after[0] != 0 or len(new) != len(sizes) + rank - 1:
+        return False
+    wanted = [*sizes, *(mid[axis] for axis in order[1:])]
+    for axis, (size, expected) in enumerate(zip(new, wanted, strict=True)):
+        # One size may be whatever is left over: with all others as they were it is as it was too.
+        if (size is None or size != expected) and (parted is None or parted[axis] != -1):
+            return False
+    graph.merged[last] = [(graph.axes[node.inputs[0]] if node.inputs[0] else [])[axis] for axis in before]
+    return True
+
+
+def _bring_back(graph: ChannelGraph, node: ir.Node, axes: list[Labels]) -> None:
+    """The atoms of axes that were merged for a Transpose, in front again."""
+    for axis, labels in enumerate(graph.merged.get(node, ())):
+        axes[axis] = labels
 
 
 def _spread(
@@ -129,14 +169,14 @@ def _spread(
         return
     roots = graph.atoms.roots(table)
     lossless = [i for i in wide if _constant_under(roots, i)]
-    # Whole heads: the outermost axis with enough of them. Others are tried where that one turns out to be kept.
-    order = lossless or sorted(wide, key=lambda i: (new[i] < 3, i))
+    # Others are tried where the first turns out to be kept.
+    order = lossless or (sorted(wide, key=lambda i: (-new[i], i)) if graph.largest_first else wide)
     chosen = order[min(graph.preferred.get(node, 0), len(order) - 1)]
     rows = np.moveaxis(table, chosen, 0).reshape(new[chosen], -1)
     graph.atoms.join(rows[:, :1], rows)
     result[after[chosen]] = np.ascontiguousarray(rows[:, 0])
     if not lossless:
-        graph.carriers[node] = (order, chosen, np.ascontiguousarray(rows[:, 0]))
+        graph.carriers[node] = (order, np.ascontiguousarray(rows[:, 0]))
 
 
 def _constant_under(roots: np.ndarray, axis: int) -> bool:

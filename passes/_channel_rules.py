@@ -9,12 +9,34 @@ import onnx_ir as ir
 from passes import _channel_layers as layers
 from passes import _channel_moves as moves
 from passes import _channel_reshape as shapes
+from passes import _channel_sizes as sizes
 from passes._channel_atoms import Labels
 from passes._channel_graph import ChannelGraph
 from passes._graph import attribute_int, attribute_ints, given, integers
 from passes.base import in_standard_domain, label
 
 Rule = Callable[[ChannelGraph, ir.Node], None]
+
+
+def unary(graph: ChannelGraph, node: ir.Node) -> None:
+    """Each element by itself: the first output is like the first input."""
+    axes = graph.of(node.inputs[0])
+    if axes is None:
+        return graph.opaque(node, f"{label(node)}: its rank is not known")
+    for value in node.inputs[1:]:
+        graph.keep_whole(value, f"{label(node)} reads it whole")
+    for output in node.outputs:
+        graph.set(output, axes)
+
+
+def elementwise(graph: ChannelGraph, node: ir.Node) -> None:
+    """Any number of inputs that broadcast."""
+    values = [value for value in node.inputs if value is not None]
+    ranks = [graph.rank(value) for value in values]
+    known = [rank for rank in ranks if rank is not None]
+    if len(known) != len(ranks):
+        return graph.opaque(node, f"{label(node)}: its shapes are not known")
+    graph.set(node.outputs[0], layers.broadcast(graph, node, values, max(known)))
 
 
 def pool(graph: ChannelGraph, node: ir.Node) -> None:
@@ -87,8 +109,8 @@ _REDUCE = """
 _POOL = "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool".split()
 
 RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(_UNARY, moves.unary),
-    **dict.fromkeys(_BINARY, moves.elementwise),
+    **dict.fromkeys(_UNARY, unary),
+    **dict.fromkeys(_BINARY, elementwise),
     **dict.fromkeys(_REDUCE, reduce),
     **dict.fromkeys(_POOL, pool),
     "BatchNormalization": layers.batch_norm,
@@ -97,7 +119,7 @@ RULES: Mapping[str, Rule] = {
     "Conv": layers.conv,
     "ConvTranspose": layers.conv,
     "CumSum": one_axis,
-    "Expand": moves.expand,
+    "Expand": sizes.expand,
     "Flatten": shapes.flatten,
     "Gather": moves.gather,
     "Gemm": layers.gemm,
@@ -112,16 +134,16 @@ RULES: Mapping[str, Rule] = {
     "Pad": moves.pad,
     "RMSNormalization": layers.layer_norm,
     "Reshape": shapes.reshape,
-    "Resize": moves.resize,
-    "Shape": moves.shape,
+    "Resize": sizes.resize,
+    "Shape": sizes.shape,
     "Slice": moves.slice_,
     "Softmax": layers.softmax,
     "Split": moves.split,
     "Squeeze": shapes.squeeze,
-    "Tile": moves.tile,
+    "Tile": sizes.tile,
     "Transpose": shapes.transpose,
     "Unsqueeze": shapes.unsqueeze,
-    "Upsample": moves.resize,
+    "Upsample": sizes.resize,
 }
 
 

@@ -32,7 +32,7 @@ import onnx_ir as ir
 from passes._channel_cut import Cut, apply
 from passes._channel_groups import Analysis, Group, analyze
 from passes._channel_scores import KINDS, SCOPES, ChannelScores, importance, plan
-from passes._graph import is_op, scopes
+from passes._graph import FLOATS, Names, Scope, constant, default_opset, is_op, new_constant, scopes
 from passes.base import RECORDS, Declined, InvalidOption, Outcome, Pass, PassFailed, label
 from passes.eliminate_dead_code import EliminateDeadCode
 from passes.fold_constants import FoldConstants
@@ -160,13 +160,33 @@ class PruneChannels(Pass):
 
 
 def prepare(model: ir.Model) -> bool:
-    """Folds constants and removes what they leave behind, in place; ``find_groups`` sees further then.
+    """Makes a graph ready for ``find_groups``, in place: it sees further then. What is computed stays the same.
+
+    Constants are folded, and a vector that several nodes read becomes one for each: exporters store equal biases once,
+    and what is equal by chance would be cut together.
 
     Returns:
         Whether anything was changed.
     """
     outcomes = [each(model) for each in (FoldConstants(), EliminateDeadCode())]
-    return any(outcome.modified for outcome in outcomes)
+    return _unshare(model) or any(outcome.modified for outcome in outcomes)
+
+
+def _unshare(model: ir.Model) -> bool:
+    """Gives each reader of a shared vector of floats its own; a matrix that is shared is meant to be."""
+    names = Names(model)
+    scope = Scope(model.graph, default_opset(model.opset_imports), False)
+    changed = False
+    for value in list(model.graph.initializers.values()):
+        tensor = constant(value)
+        if tensor is None or tensor.dtype not in FLOATS or not 1 < tensor.size == max(tensor.shape.numpy(), default=0):
+            continue
+        uses = [use for use in value.uses() if use.node.graph is model.graph]
+        for use in uses[1:]:
+            name = names.fresh(f"{use.node.outputs[0].name}_{value.name}")
+            use.node.replace_input_with(use.idx, new_constant(scope, tensor.numpy(), name, before=use.node))
+            changed = True
+    return changed
 
 
 def _draft(model: ir.Model) -> ir.Model:

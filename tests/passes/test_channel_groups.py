@@ -255,19 +255,45 @@ ROWS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         "ot = Transpose <perm = [0, 2, 1, 3]> (o) j = Reshape (ot, joined) y = MatMul (j, wo)",
         {"wqkv": (6, 18), "bqkv": (18,), "wo": (6, 6)},
     ),
+    "keys as torch transposes them": (
+        "q = MatMul (x, wq) k = MatMul (x, wk) v = MatMul (x, wv) "
+        "q4 = Reshape (q, heads) k4 = Reshape (k, heads) v4 = Reshape (v, heads) "
+        "qt = Transpose <perm = [0, 2, 1, 3]> (q4) kt = Transpose <perm = [0, 2, 1, 3]> (k4) "
+        "vt = Transpose <perm = [0, 2, 1, 3]> (v4) k3 = Reshape (kt, merged) k3t = Transpose <perm = [0, 2, 1]> (k3) "
+        "k4t = Reshape (k3t, parted) s = MatMul (qt, k4t) p = Softmax (s) "
+        "o = MatMul (p, vt) ot = Transpose <perm = [0, 2, 1, 3]> (o) j = Reshape (ot, joined) y = MatMul (j, wo)",
+        {"wq": (6, 6), "wk": (6, 6), "wv": (6, 6), "wo": (6, 6)},
+    ),
+    "two queries a key": (
+        "q = MatMul (x, wq) k = MatMul (x, wk2) q4 = Reshape (q, heads) k4 = Reshape (k, heads2) "
+        "qt = Transpose <perm = [0, 2, 1, 3]> (q4) kt = Transpose <perm = [0, 2, 3, 1]> (k4) ku = Unsqueeze (kt, i2) "
+        "ke = Expand (ku, twice) kr = Reshape (ke, four) s = MatMul (qt, kr) p = Softmax (s) o = MatMul (p, qt) "
+        "ot = Transpose <perm = [0, 2, 1, 3]> (o) j = Reshape (ot, joined) y = MatMul (j, wo)",
+        {"wq": (6, 6), "wk2": (6, 3), "wo": (6, 6)},
+    ),
     "the hidden width of a transformer stays": (
         "n = LayerNormalization (x, ln, lnb) a = MatMul (n, g1) b = Relu (a) c = MatMul (b, wo) r = Add (x, c) "
         "y = LayerNormalization (r, ln, lnb)",
         {"g1": (6, 6), "wo": (6, 6), "ln": (6,)},
     ),
 }
+CONSTANTS |= {
+    name: np.array(data)
+    for name, data in {
+        "merged": [-1, 5, 3],
+        "parted": [-1, 4, 3, 5],
+        "heads2": [0, 0, 2, 3],
+        "twice": [1, 1, 2, 1, 1],
+        "four": [0, 4, 3, -1],
+    }.items()
+} | {"wk2": weight(6, 6, seed=8)}
 CONSTANTS |= {f"n{i}": np.array(i, np.int64) for i in range(3)}
 
 
 @pytest.mark.parametrize("name", list(ROWS))
 def test_what_is_cut_of_sequences(name: str) -> None:
     body, expected = ROWS[name]
-    model, cut = prove(graph(body, CONSTANTS, x="N, S, 6"), sizes={"S": 5})
+    model, cut = prove(graph(body, CONSTANTS, x="N, 5, 6"))
     assert cut.count
     found = shapes(model)
     assert {key: found[key] for key in expected} == expected
@@ -374,6 +400,25 @@ def test_a_default_that_callers_may_override_is_no_weight() -> None:
     proto = graph(f"{FIRST} r = Relu (a) {LAST}", CONSTANTS)
     proto.graph.input.append(onnx.helper.make_tensor_value_info("w2", 1, [5, 8, 3, 3]))
     assert not find_groups(ir.from_proto(proto))
+
+
+def test_a_computed_shape_to_expand_to() -> None:
+    body = (
+        "k = MatMul (x, wq) k4 = Reshape (k, heads) ku = Unsqueeze (k4, n3) s = Shape (ku) d = Mul (s, fives) "
+        "e = Expand (ku, d) m = ReduceMax <keepdims = 0> (e, n3) j = Reshape (m, joined) y = MatMul (j, wo)"
+    )
+    constants = CONSTANTS | {"fives": np.array([1, 1, 1, 5, 1]), "n3": np.array([3])}
+    model, _ = prove(graph(body, constants, x="N, 5, 6"))
+    assert shapes(model)["wq"] == (6, 6)
+
+
+def test_a_bias_that_is_stored_once_does_not_join_layers() -> None:
+    body = "a = Conv (x, w1, b1) c = Conv (x, w1b, b1) r = Relu (a) s = Relu (c) "
+    body += "t = Conv (r, w2) u = Conv (s, w2c) y = Add (t, u)"
+    constants = CONSTANTS | {"w2c": weight(5, 8, 3, 3, seed=3)}
+    model, cut = prove(graph(body, constants))
+    assert set(cut.channels) == {"Conv -> a", "Conv -> c"}
+    assert sum(shape == (4,) for shape in shapes(model).values()) == 2
 
 
 def test_groups_say_what_they_are() -> None:
