@@ -147,9 +147,9 @@ def pruning(bench: Bench, sparsities: Iterable[float], timed: bool, options: arg
     rows: list[Row] = [{"model": "dense", **bench.scored(bench.model()), f"{tool} MB": before / 1e6}]
     kinds: list[tuple[str, dict[str, Any]]] = [
         ("random", {"method": "random"}),
-        ("magnitude, by layer", {}),
-        ("magnitude, global", {"scope": "global"}),
-        ("LAMP, global", {"method": "l2", "scope": "global"}),
+        ("l1, by layer", {"method": "l1"}),
+        ("l1, global", {"method": "l1", "scope": "global"}),
+        ("l2, global (LAMP)", {}),
         ("Wanda, by channel", {"method": "wanda", "norms": norms}),
         ("Wanda, by layer", {"method": "wanda", "norms": norms, "scope": "layer"}),
         ("Wanda, global", {"method": "wanda", "norms": norms, "scope": "global"}),
@@ -159,7 +159,7 @@ def pruning(bench: Bench, sparsities: Iterable[float], timed: bool, options: arg
             model = pruned(bench.model(), sparsity=sparsity, **chosen)
             row = {"model": f"{name}, {sparsity:.0%}", **bench.scored(model)}
             row[f"{tool} MB"] = compressed(weights_of(model))[1] / 1e6
-            if timed and name == "magnitude, by layer":
+            if timed and name == "l1, by layer":
                 row["latency x"] = latency(model, bench.model(), options.seconds)
             rows.append(row)
     for name, chosen in (("magnitude", {}), ("Wanda", {"method": "wanda", "norms": norms})):

@@ -7,13 +7,17 @@
 What a weight is worth (``method``):
 
 * l1: its magnitude, as in torch.nn.utils.prune (Han et al. 2015, arXiv 1506.02626).
-* l2: its share of the squared norm of its layer's weights that are not smaller (LAMP, Lee et al. 2021, arXiv
-  2010.07611). Within a layer that orders as l1 does; in scope global it does not depend on the scale of a layer.
-  Folding BatchNormalization gives every layer a scale of its own, and l1 in scope global then empties layers.
+* l2: within a layer that order; in scope global its share of the squared norm of its layer's weights that are not
+  smaller (LAMP, Lee et al. 2021, arXiv 2010.07611), which does not depend on the scale of a layer. Folding
+  BatchNormalization gives every layer a scale of its own, and l1 in scope global then empties layers.
 * wanda: its magnitude times the norm of the input channel that it multiplies, |w| * ||x|| (Sun et al. 2023, "A Simple
-  and Effective Pruning Approach for Large Language Models", arXiv 2306.11695). ``toolchain/layer_statistics.py``
-  gathers the norms.
+  and Effective Pruning Approach for Large Language Models", arXiv 2306.11695); in scope global its share, as of l2.
+  ``toolchain/layer_statistics.py`` gathers the norms.
 * random: nothing; the control that every other method has to beat.
+
+Measured on CIFAR ResNet-20 without any recovery, top-1 of 91.48 % at 50 and 70 % zeros: l2 global 88.7 and 62.3, wanda
+global 88.4 and 57.4, wanda by channel 83.4 and 54.3, l1 by layer 85.8 and 41.7, l1 global 59.5 and 15.7, random 10 %
+(``benchmarks/sparsity.py``).
 
 ``pattern`` "2:4" keeps 2 of each 4 consecutive *input channels*, at every tap of a convolution: the form that the
 sparse kernels of TensorRT take (Mishra et al. 2021, arXiv 2104.08378; builder flag SPARSE_WEIGHTS). A last group that
@@ -83,8 +87,8 @@ class PruneWeights(Pass):
     Attributes:
         sparsity: share of zeros afterwards, above 0 and below 1; None for 0.5, or for what ``pattern`` gives.
         method: l1, l2, wanda or random.
-        scope: who competes: the weights of a layer, of an output channel, or of the whole model; None for channel
-            with wanda (as its authors do), else layer.
+        scope: who competes: the weights of a layer, of an output channel, or of the whole model (global); None for
+            global with l2, channel with wanda (as its authors do), else layer.
         pattern: N:M, such as 2:4: of each M consecutive input channels N stay.
         norms: of the layers' inputs, for wanda.
         masks: take these, and ask no method.
@@ -95,7 +99,7 @@ class PruneWeights(Pass):
     lossy: ClassVar[bool] = True
 
     sparsity: float | None = None
-    method: str = "l1"
+    method: str = "l2"
     scope: str | None = None
     pattern: str | None = None
     norms: InputNorms | None = dataclasses.field(default=None, repr=False)
@@ -121,7 +125,7 @@ class PruneWeights(Pass):
                     f"pattern {self.pattern} says by itself how many weights go, and which compete",
                     hint="leave sparsity and scope out",
                 )
-        if self.masks is not None and (self.pattern or self.sparsity or self.scope or self.method != "l1"):
+        if self.masks is not None and (self.pattern or self.sparsity or self.scope or self.method != "l2"):
             raise InvalidOption("masks say by themselves which weights go", hint="give masks and exclude alone")
 
     def call(self, model: ir.Model) -> Outcome:
@@ -163,7 +167,7 @@ class PruneWeights(Pass):
         if self.pattern is not None:
             return self._by_pattern(scored, declined)
         share = 0.5 if self.sparsity is None else self.sparsity
-        scope = self.scope or ("channel" if self.method == "wanda" else "layer")
+        scope = self._scope()
         if scope == "global":
             every = np.concatenate([scores.reshape(-1) for _, scores in scored]) if scored else np.empty(0)
             kept = _keep_best(every[None], share)[0]
@@ -175,6 +179,11 @@ class PruneWeights(Pass):
             rows = scores.reshape(scores.shape[0] * scores.shape[1] if scope == "channel" else 1, -1)
             found.append((layer, layer.oriented(_keep_best(rows, share).reshape(scores.shape))))
         return found
+
+    def _scope(self) -> str:
+        if self.pattern is not None:
+            return "group"
+        return self.scope or {"l2": "global", "wanda": "channel"}.get(self.method, "layer")
 
     def _by_pattern(
         self, scored: Sequence[tuple[_Layer, np.ndarray]], declined: list[Declined]
@@ -203,7 +212,7 @@ class PruneWeights(Pass):
             scores = np.abs(weight)
             if self.method == "wanda":
                 scores *= self._norms_of(layer, weight).reshape(weight.shape[0], 1, -1, 1)
-            elif self.method == "l2":
+            if self._scope() == "global" and self.method in ("l2", "wanda"):
                 scores = _share_of_larger(scores)
         scores[weight == 0] = -1
         return scores

@@ -116,13 +116,13 @@ TWO = (
 def test_global_takes_from_where_weights_are_small() -> None:
     a, b = 0.01 * normal(16, 16), normal(16, 4, seed=4)
     model = ir.from_proto(parse(TWO, a=a, b=b))
-    PruneWeights(sparsity=0.5, scope="global")(model)
+    PruneWeights(sparsity=0.5, method="l1", scope="global")(model)
     left = weight_of(model, "a"), weight_of(model, "b")
     assert sum(int((w == 0).sum()) for w in left) == (a.size + b.size) // 2
     assert (left[1] == 0).mean() < 0.05
-    assert not PruneWeights(sparsity=0.5, scope="global")(model).modified
+    assert not PruneWeights(sparsity=0.5, method="l1", scope="global")(model).modified
     model = ir.from_proto(parse(TWO, a=a, b=b))
-    PruneWeights(sparsity=0.5)(model)
+    PruneWeights(sparsity=0.5, method="l1")(model)
     assert (weight_of(model, "b") == 0).mean() == 0.5
 
 
