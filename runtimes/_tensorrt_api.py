@@ -100,6 +100,7 @@ FLAVORS = (
         names=(
             "ComputeCapability",
             "CudaGraphStrategy",
+            "IRuntimeCache",
             "IBuilderConfig.num_compute_capabilities",
             "IBuilderConfig.set_compute_capability",
             "IRuntimeConfig.create_runtime_cache",

@@ -43,6 +43,7 @@ class Engine(_cuda.Owned):
         on_host: names of inputs and outputs that are read and written in host memory: those that are shapes.
         profiles: its optimisation profiles.
         graphs: whether runs are recorded here; TensorRT-RTX records by itself.
+        keeps_kernels: whether kernels are compiled when they are first used, and can be kept.
     """
 
     def __init__(self, api: Api, gpu: _cuda.Device, plan: bytes, *, cuda_graph: bool, budget: int | None) -> None:
@@ -57,12 +58,31 @@ class Engine(_cuda.Owned):
                 engine.weight_streaming_budget_v2 = budget
             super().__init__(gpu, _forget, (engine, _runtime_config(api, engine, cuda_graph=cuda_graph), runtime))
         self.graphs = cuda_graph and not api.flavor.records_graphs
+        self.keeps_kernels = api.flavor.records_graphs
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self.inputs = tuple(_spec(engine, name) for name in inputs)
         self.outputs = tuple(_spec(engine, name) for name in names if name not in inputs)
         self.on_host = frozenset(n for n in names if engine.get_tensor_location(n) == trt.TensorLocation.HOST)
         self.profiles = tuple(_profile(engine, inputs, index) for index in range(engine.num_optimization_profiles))
+
+    @property
+    def handle(self) -> Any:
+        """TensorRT's ``ICudaEngine``."""
+        return self._token[0][0]
+
+    def take_kernels(self, content: bytes) -> bool:
+        """Gives TensorRT-RTX kernels that it compiled in another process. Returns whether they fit this one."""
+        _, (_, kernels), _ = self._token[0]
+        with self.gpu:
+            return bool(kernels.deserialize(content))
+
+    def give_kernels(self) -> bytes:
+        """The kernels that TensorRT-RTX has compiled or taken; b"" where it gives none."""
+        _, (_, kernels), _ = self._token[0]
+        with self.gpu:
+            memory = kernels.serialize()
+        return b"" if memory is None else bytes(memory)
 
     def context(self) -> Any:
         """A new ``IExecutionContext``; with the device's context current. Raises OutOfDeviceMemory, CompileFailed."""
@@ -103,11 +123,11 @@ def _runtime_config(api: Api, engine: Any, *, cuda_graph: bool) -> tuple[Any, ..
     if not api.flavor.records_graphs:
         return ()
     config = engine.create_runtime_config()
-    cache = config.create_runtime_cache()
-    config.set_runtime_cache(cache)
+    kernels = config.create_runtime_cache()
+    config.set_runtime_cache(kernels)
     if cuda_graph:
         config.cuda_graph_strategy = api.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-    return config, cache
+    return config, kernels
 
 
 def _spec(engine: Any, name: str) -> TensorSpec:
@@ -193,6 +213,11 @@ class Execution(_cuda.Owned):
         self._addresses: dict[str, int] = {}
         self._graphs: dict[object, _cuda.Graph] = {}
         self._allocators: dict[str, Any] = {}
+
+    @property
+    def handle(self) -> Any:
+        """TensorRT's ``IExecutionContext``."""
+        return self._token[0]
 
     def set_shapes(self, shapes: Mapping[str, Shape], values: Mapping[str, np.ndarray]) -> None:
         """Chooses the profile, sets the shapes of the inputs, and makes room for all inputs and outputs.

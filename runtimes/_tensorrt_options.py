@@ -24,7 +24,7 @@ _MAX_SIZE = 2**31 - 1
 class TensorRTOptions:
     """Options of ``tensorrt`` and ``tensorrt-rtx``.
 
-    All but the last two are the builder's: they are fixed once the engine is built. There is no precision among them:
+    All but the last three are the builder's: they are fixed once the engine is built. There is no precision among them:
     networks are strongly typed, so it is the graph that says it.
 
     Attributes:
@@ -47,6 +47,7 @@ class TensorRTOptions:
         cuda_graph: record a run with the same shapes once and replay it.
         weight_streaming_budget: bytes of weights that stay on the GPU in an engine built with ``weight_streaming``;
             TensorRT's own choice where None.
+        kernel_cache: keep the kernels that ``tensorrt-rtx`` compiles in the first runs for the next process.
     """
 
     profiles: tuple[Mapping[str, Range], ...] = ()
@@ -62,6 +63,7 @@ class TensorRTOptions:
     layer_information: bool = False
     cuda_graph: bool = False
     weight_streaming_budget: int | None = None
+    kernel_cache: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "profiles", _profiles(self.profiles))
@@ -83,7 +85,7 @@ class TensorRTOptions:
 
 
 #: Options that only say how a built engine is run.
-SESSION_OPTIONS = ("cuda_graph", "weight_streaming_budget")
+SESSION_OPTIONS = ("cuda_graph", "weight_streaming_budget", "kernel_cache")
 #: Options that do not change the engine that is built, only how fast it is.
 _NOT_IN_ENGINE = (*SESSION_OPTIONS, "timing_cache")
 

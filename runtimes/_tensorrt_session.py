@@ -19,11 +19,14 @@ import numpy as np
 
 from runtimes import _cuda
 from runtimes._device_array import DeviceArray, on_device
+from runtimes._digests import cache_root
+from runtimes._driver import driver
 from runtimes._inputs import InputCheck, check_place
 from runtimes._tensorrt_api import Api
 from runtimes._tensorrt_execution import Engine, Execution
+from runtimes._tensorrt_kernels import KernelStore, kernel_file
 from runtimes._tensorrt_profiles import describe
-from runtimes.base import Binding, InvalidInput, Place, Session, SessionClosed, Target, TensorSpec
+from runtimes.base import Binding, InvalidInput, Place, RunFailed, Session, SessionClosed, Target, TensorSpec
 
 T = TypeVar("T")
 
@@ -35,6 +38,7 @@ def make_session(
     *,
     options: Any,
     info: Mapping[str, str],
+    plan_sha256: str,
     shapes: Mapping[str, tuple[int | str | None, ...] | None] | None = None,
 ) -> Session:
     """Makes a session of a plan, which is native code: whether it may be loaded was checked before.
@@ -42,8 +46,9 @@ def make_session(
     Args:
         plan: a serialised engine that this TensorRT and this GPU can run.
         target: its device is a GPU's number, or compute capabilities; those and none mean the first GPU.
-        options: ``cuda_graph`` and ``weight_streaming_budget`` of ``TensorRTOptions``.
+        options: ``cuda_graph``, ``weight_streaming_budget`` and ``kernel_cache`` of ``TensorRTOptions``.
         info: what was chosen and why.
+        plan_sha256: of the plan, in lower-case hex: kernels that were compiled for it are kept under this name.
         shapes: of inputs and outputs as the graph declares them, for the names of sizes, which engines forget.
 
     Raises:
@@ -58,7 +63,12 @@ def make_session(
     if options.cuda_graph and not api.flavor.records_graphs:
         _cuda.require_graphs()
     engine = Engine(api, gpu, plan, cuda_graph=options.cuda_graph, budget=options.weight_streaming_budget)
-    return TensorRTSession(engine, target, info=info, shapes=shapes or {})
+    store = None
+    if engine.keeps_kernels and options.kernel_cache and (root := cache_root()) is not None:
+        state = driver()
+        file = kernel_file(root, api, state.gpus[ordinal], state, plan_sha256)
+        store = KernelStore(file, take=engine.take_kernels, give=engine.give_kernels)
+    return TensorRTSession(engine, target, info=info, shapes=shapes or {}, store=store)
 
 
 class Pool(Generic[T]):
@@ -110,6 +120,7 @@ class TensorRTSession(Session):
         *,
         info: Mapping[str, str],
         shapes: Mapping[str, tuple[int | str | None, ...] | None],
+        store: KernelStore | None = None,
     ) -> None:
         self.target = target
         self.inputs = tuple(_named(spec, shapes.get(spec.name)) for spec in engine.inputs)
@@ -119,6 +130,10 @@ class TensorRTSession(Session):
             "profiles": describe(engine.profiles),
             "cuda": str(_cuda.package()),
         }
+        if engine.keeps_kernels:
+            self.info["kernels"] = "not kept" if store is None else store.remark
+        self._store = store
+        self._first = True
         self._gpu = engine.gpu
         self._values = [spec.name for spec in engine.inputs if spec.name in engine.on_host]
         self._check = InputCheck(self.inputs, others=(DeviceArray,))
@@ -138,7 +153,32 @@ class TensorRTSession(Session):
             raise
         # After any other failure nobody knows what state the context is in: it is dropped.
         self._pool.give(execution)
+        if self._first:
+            self._first = False
+            self._keep_kernels()
         return results
+
+    def _keep_kernels(self) -> None:
+        """Saves what was compiled. TensorRT compiles in threads of its own into the same cache: others may run."""
+        store = self._store
+        if store is None:
+            return
+        try:
+            store.save()
+        except RunFailed as error:  # a run that was fine does not fail for the next process's sake
+            self.info = {**self.info, "kernels": f"not kept: {error.what}"}
+
+    def inspect(self, look: Callable[[Any, Any], T]) -> T:
+        """Calls ``look`` with TensorRT's own engine and an execution context, the GPU being current.
+
+        What it is given may not be kept: it goes with the session.
+        """
+        execution = self._pool.take()
+        try:
+            with self._gpu:
+                return look(execution.engine.handle, execution.handle)
+        finally:
+            self._pool.give(execution)
 
     def _run(self, execution: Execution, feeds: Mapping[str, Any], place: Place) -> dict[str, Any]:
         given: dict[str, DeviceArray] = {}
@@ -183,6 +223,8 @@ class TensorRTSession(Session):
         return TensorRTBinding(self._pool, execution)
 
     def close(self) -> None:
+        self._keep_kernels()
+        self._store = None  # it holds the engine
         self._pool.close()
 
 

@@ -220,7 +220,10 @@ class TensorRT(Backend):
             "build_options": compiled.fingerprint["options"],
         }
         shapes = declared_shapes(compiled.fingerprint)
-        return _tensorrt_session.make_session(api, plan, compiled.target, options=options, info=info, shapes=shapes)
+        sha256 = compiled.fingerprint["plan_sha256"]
+        return _tensorrt_session.make_session(
+            api, plan, compiled.target, options=options, info=info, plan_sha256=sha256, shapes=shapes
+        )
 
     def _options(self, options: Any) -> TensorRTOptions:
         if options is None:

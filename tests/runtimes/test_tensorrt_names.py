@@ -33,6 +33,7 @@ VARIABLES = {
     "profile": ("IOptimizationProfile",),
     "tensor": ("ITensor",),
     "cache": ("ITimingCache",),
+    "kernels": ("IRuntimeCache",),
     "runtime": ("Runtime",),
     "engine": ("ICudaEngine",),
     "context": ("IExecutionContext",),

@@ -159,4 +159,5 @@ def test_no_driver_is_told_before_the_plan_is_touched() -> None:
         pytest.skip("there is a GPU here")
     api = _api()
     with pytest.raises(_cuda.NoDriver, match=api.flavor.title):
-        make_session(api, b"no plan", runtimes.Target(api.flavor.target), options=TensorRTOptions(), info={})
+        target = runtimes.Target(api.flavor.target)
+        make_session(api, b"no plan", target, options=TensorRTOptions(), info={}, plan_sha256="0" * 64)
