@@ -1,12 +1,15 @@
 """What cross-compiling costs: time to an engine and its size, per GPU and precision, without a GPU.
 
-    python benchmarks/tensorrt.py [--models resnet50 mobilenet_v2] [--targets tensorrt-rtx:sm86 ...] [--rounds 5]
-                                  [--json out.json]
+    python benchmarks/tensorrt.py [--models resnet50 efficientnet_lite0] [--targets tensorrt-rtx:sm86 ...]
+                                  [--rounds 5] [--graphs FOLDER] [--json out.json]
 
 Weights and ranges are drawn: neither time nor size depends on them. Every round builds each engine once, one after the
 other, so that what disturbs the machine disturbs all; the first round is not counted. "raw" is TensorRT's own parser
 and builder in the same process on the same file, with the same profile: "x raw" is our compile, with its checks,
 copies and digests, over that, the median of the ratios within a round. Size is against float32 for the same GPU.
+
+``--graphs FOLDER`` keeps the exported graphs there and takes those that it finds: with it, and with ``--rounds 0``
+first, a measurement holds nothing but builds.
 """
 
 from __future__ import annotations
@@ -37,7 +40,10 @@ PRECISIONS = ("fp32", "fp16", "int8")
 
 
 def write_graphs(name: str, folder: Path) -> dict[str, Path]:
-    """The graphs that the toolchain makes of a model for TensorRT, precision -> file."""
+    """The graphs that the toolchain makes of a model for TensorRT, precision -> file; those that are there are kept."""
+    files = {precision: folder / f"{name}-{precision}.onnx" for precision in PRECISIONS}
+    if all(file.is_file() for file in files.values()):
+        return files
     graph = export_source(models.resolve(name), weights="random").model
     for step in passes.DEFAULT_PIPELINE:
         passes.make(step)(graph)
@@ -50,7 +56,6 @@ def write_graphs(name: str, folder: Path) -> dict[str, Path]:
         "fp16": lower_by_pass(graph, "fp16")[0],
         "int8": lower_int8(graph, target, calibration)[0],
     }
-    files = {precision: folder / f"{name}-{precision}.onnx" for precision in PRECISIONS}
     for precision, file in files.items():
         ir.save(graphs[precision], file)
     return files
@@ -94,21 +99,26 @@ def build_ours(model: Path, target: str, folder: Path) -> tuple[float, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["resnet50", "mobilenet_v2"])
+    parser.add_argument("--models", nargs="+", default=["resnet50", "efficientnet_lite0"])
     parser.add_argument("--targets", nargs="+", default=list(TARGETS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--graphs", type=Path, metavar="FOLDER", help="where the exported graphs are, or go")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.graphs:
+        options.graphs.mkdir(parents=True, exist_ok=True)
     trt = importlib.import_module("tensorrt_rtx")
     rows: list[dict[str, Any]] = []
     for name in options.models:
         with tempfile.TemporaryDirectory() as text:
             folder = Path(text)
-            files = write_graphs(name, folder)
+            files = write_graphs(name, options.graphs or folder)
             cases = [(target, precision) for target in options.targets for precision in PRECISIONS]
             seconds: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
             ratios: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
             sizes: dict[tuple[str, str], int] = {}
+            if not options.rounds:
+                continue
             for number in range(options.rounds + 1):
                 for case in cases:
                     target, precision = case
