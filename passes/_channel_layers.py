@@ -179,7 +179,7 @@ def instance_norm(graph: ChannelGraph, node: ir.Node) -> None:
 
 def _per_channel(graph: ChannelGraph, node: ir.Node, parameters: range) -> None:
     axes = graph.of(node.inputs[0])
-    if axes is None or len(axes) < 2 or len([o for o in node.outputs if o.uses()]) > 1:
+    if axes is None or len(axes) < 2 or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
         return graph.opaque(node, f"{label(node)}: its shapes are not known")
     labels = axes[1]
     for index in parameters:

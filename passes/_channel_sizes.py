@@ -131,6 +131,9 @@ def shape(graph: ChannelGraph, node: ir.Node) -> None:
         return graph.opaque(node, f"{label(node)}: the rank of its input is not known")
     end = attribute_int(node, "end", len(axes))
     seen = axes[slice(start, end)]
+    if node.outputs[0].is_graph_output():
+        for labels in seen:
+            graph.atoms.freeze(labels, f"{label(node)} gives its size as an output of the graph")
     if any(labels is not None for labels in seen):
         graph.shapes.append(functools.partial(_restore_shape, node, seen))
     graph.set(node.outputs[0], [None])

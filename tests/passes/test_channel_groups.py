@@ -493,3 +493,15 @@ def test_masking_is_not_the_whole_model() -> None:
     model, _ = prove(proto)
     feeds = random_feeds(proto, 0)
     assert tensor_error(run_ort(proto, feeds)[0], run_ort(ir.to_proto(model), feeds)[0]).nmse > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("made", "kind"),
+    [("s = Shape (a)", "int64[4] s"), ("m = ReduceMean <keepdims = 0> (a, over)", "float[8] m")],
+)
+def test_what_is_told_of_channels_in_a_second_output_keeps_them(made: str, kind: str) -> None:
+    proto = graph(f"{FIRST} {made} r = Relu (a) {LAST}", CONSTANTS | {"over": np.array([0, 2, 3])})
+    name = kind.split()[1]
+    shape = {"s": [4], "m": [8]}[name]
+    proto.graph.output.append(onnx.helper.make_tensor_value_info(name, 7 if name == "s" else 1, shape))
+    assert not find_groups(ir.from_proto(proto))
