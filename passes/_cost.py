@@ -86,7 +86,7 @@ class ModelCost:
         parameters: elements of all weights, each counted once.
         weight_bytes: of these.
         macs, operations: of the nodes whose shapes are known.
-        peak_bytes: activations in memory at once, at most.
+        peak_bytes: activations in memory at once, at most; None where a shape is not known.
         peak_node: where that is.
         unknown: nodes whose cost is not known, since a shape is not.
     """
@@ -96,7 +96,7 @@ class ModelCost:
     weight_bytes: int
     macs: int
     operations: int
-    peak_bytes: int
+    peak_bytes: int | None
     peak_node: str | None
     unknown: tuple[str, ...]
 
@@ -119,7 +119,8 @@ def model_cost(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = Non
             continue
         nodes.append(_node_cost(node, counted, live.get(node)))
     known = [(node.live_bytes, node.node) for node in nodes if node.live_bytes is not None]
-    peak, where = max(known, key=lambda pair: pair[0], default=(0, None))
+    complete = len(known) == len(nodes)
+    peak, where = max(known, key=lambda pair: pair[0], default=(0, None)) if complete else (None, None)
     return ModelCost(
         tuple(nodes),
         sum(node.parameters for node in nodes),

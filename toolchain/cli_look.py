@@ -125,7 +125,9 @@ def _costs(
     found: dict[str, Any] = {
         "macs": cost.macs,
         "operations": cost.operations,
-        "activations": f"{megabytes(cost.peak_bytes)} at once, at {cost.peak_node}",
+        "activations": "not known, since a shape depends on the data; --layers runs the model to see it"
+        if cost.peak_bytes is None
+        else f"{megabytes(cost.peak_bytes)} at once, at {cost.peak_node}",
     }
     if cost.unknown:
         found["not counted"] = f"{len(cost.unknown)} nodes of unknown shape, such as {cost.unknown[0]}"

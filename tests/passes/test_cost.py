@@ -105,6 +105,7 @@ def test_symbols_get_sizes_and_the_model_stays_as_it_is() -> None:
     before = to_bytes(model)
     assert unknown_values(model)
     assert model_cost(model).unknown == ("MatMul -> h", "Relu -> y")
+    assert model_cost(model).peak_bytes is None
     assert model_cost(model, {"x": (2, 5, 16)}).macs == 2 * 5 * 16 * 8
     assert unknown_values(with_shapes(model, {"x": (2, 5, 16)})) == ()
     assert to_bytes(model) == before
