@@ -15,8 +15,9 @@ from toolchain.cache import Cache
 from toolchain.compile import session_options
 from toolchain.errors import FidelityError, GraphError
 from toolchain.export import Exported
-from toolchain.line import Debugging, Line, Lowered
+from toolchain.line import Debugging, Line
 from toolchain.lower import CALIBRATED
+from toolchain.lowering import Lowered, lower
 from toolchain.machine import this_machine
 from toolchain.measure import compared, compile_variant, measure, session_values
 from toolchain.optimize import PassReport
@@ -129,7 +130,7 @@ def _variants(line: Line, target: runtimes.Target) -> list[_Pair]:
         precision = plain
 
     def measured(precision: str) -> _Pair:
-        lowered = line.lower(target, precision)
+        lowered = lower(line, target, precision)
         return (*measure(line, lowered, target), lowered)
 
     if precision not in ("int8", "auto"):
@@ -142,7 +143,7 @@ def _variants(line: Line, target: runtimes.Target) -> list[_Pair]:
         return [_remarked(measured(plain), f"no INT8: {error.what}")]
     if cannot_run(target) is not None:
         return [quantised] if precision == "int8" else [quantised, measured(plain)]
-    float_graph = line.lower(target, plain)
+    float_graph = lower(line, target, plain)
     ratio = compared(
         line, compile_variant(line, quantised[2], target), compile_variant(line, float_graph, target)
     ).ratio

@@ -27,19 +27,16 @@ from toolchain import calibration_file, models, targets
 from toolchain.artifact import check_destination
 from toolchain.cache import Cache, digest_of
 from toolchain.calibration import calibrate
-from toolchain.data import Batch, Dataset, open_dataset
+from toolchain.data import Dataset, open_dataset
 from toolchain.errors import DataError, StorageError
 from toolchain.evaluate import Feeds, class_count, input_specs, reference_session, run_made_up
 from toolchain.export import Exported, compare_on, export, export_source
-from toolchain.float16 import find_keep_list
-from toolchain.lower import BY_PASS, INT8_FP16, lower_by_pass
 from toolchain.machine import cpu_model, package_versions, usable_cores
 from toolchain.onnx_file import write_onnx
 from toolchain.optimize import optimize
 from toolchain.progress import Status
-from toolchain.quantization import Int8Report, Judge, Tools, quantise_within_budget
 from toolchain.recipe import Recipe
-from toolchain.report import StageReport, dumps, from_json
+from toolchain.report import StageReport, dumps
 from toolchain.seeded import seeded_inputs
 
 
@@ -49,16 +46,6 @@ class Debugging:
 
     verify_each: bool = False
     dump_dir: Path | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Lowered:
-    """The graph of one target at one precision: its key, the folder of ``model.onnx``, and how INT8 came about."""
-
-    precision: str
-    key: str
-    folder: Path
-    int8: Int8Report | None
 
 
 class Line:
@@ -241,78 +228,6 @@ class Line:
             on_progress=progress,
         )
         calibration_file.write(found, working / "calibration.json")
-
-    def lower(self, target: runtimes.Target, precision: str) -> Lowered:
-        """The graph that the target compiles: the optimised one, or its INT8 form.
-
-        Raises:
-            FidelityError: INT8 cannot meet the budget.
-        """
-        if precision == "fp32":
-            return Lowered(precision, self.optimize_key, self.optimized, None)
-        if precision in BY_PASS:
-            exclude = tuple(self.recipe.quantize.exclude)
-            judged_on = self.judged_on.fingerprint() if self.judged_on else None
-            key = digest_of({"graph": self.optimize_key, "precision": precision, "exclude": exclude, "on": judged_on})
-            return Lowered(precision, key, self.stage("lower", key, functools.partial(self._by_pass, precision)), None)
-        # the processor too: candidates are judged on its kernels
-        ranges = digest_of({"ranges": {n: dataclasses.astuple(r) for n, r in self.calibration.ranges.items()}})
-        judged_on = self.judged_on.fingerprint() if self.judged_on else None
-        options = self.recipe.quantize.model_dump()
-        key = digest_of(
-            {"graph": self.optimize_key, "target": str(target), "ranges": ranges, "options": options}
-            | {"judged_on": judged_on, "cpu": cpu_model(), "seed": self.recipe.seed}
-            | {"data": self.calibration_data.fingerprint() if self.calibration_data else None}
-            | {"precision": precision, "return_slower": self.recipe.precision == "auto"}
-        )
-        folder = self.stage("lower", key, functools.partial(self._lower, target, precision))
-        report = from_json(Int8Report, json.loads((folder / "int8.json").read_text(encoding="utf-8")))
-        return Lowered(precision, key, folder, report)
-
-    def _by_pass(self, precision: str, working: Path) -> None:
-        exclude = tuple(self.recipe.quantize.exclude)
-        if precision == "fp16":
-            exclude += self._beyond_half()
-        model, _ = lower_by_pass(self.optimized_model, precision, exclude=exclude)
-        write_onnx(model, working / "model.onnx")
-
-    def _beyond_half(self) -> tuple[str, ...]:
-        """The nodes whose numbers 16 bits do not hold."""
-        self.on_status("fp16: looking for what overflows")
-        samples = [{name: array[:1] for name, array in batch.inputs.items()} for batch in self._judged_batches()[:4]]
-        return find_keep_list(self.optimized_model, samples).names
-
-    def _lower(self, target: runtimes.Target, precision: str, working: Path) -> None:
-        options = self.recipe.quantize
-        batches = self._judged_batches()
-        half = self._beyond_half() if precision == INT8_FP16 else None
-        with reference_session(self.optimized / "model.onnx") as reference:
-            judge = Judge(reference, batches, metric=options.metric)
-        model, report = quantise_within_budget(
-            self.optimized_model,
-            target,
-            self.calibration,
-            judge,
-            [{name: array[:1] for name, array in batch.inputs.items()} for batch in batches],
-            data="seeded random inputs" if self.judged_on is None else self.judged_on.name,
-            max_drop=options.max_drop,
-            exclude=tuple(options.exclude),
-            weights=options.weights,
-            tools=Tools(options.equalization, options.smooth_quant, options.bias_correction),
-            calibration_data=self.calibration_data or (),
-            method=options.method,
-            percentile=options.percentile,
-            return_slower=self.recipe.precision == "auto",
-            half=half,
-            on_status=self.on_status,
-        )
-        write_onnx(model, working / "model.onnx")
-        (working / "int8.json").write_text(dumps(report), encoding="utf-8")
-
-    def _judged_batches(self) -> list[Batch]:
-        if self.judged_on is not None:
-            return list(self.judged_on)
-        return [Batch(feeds, None) for feeds in self.samples]
 
     # What the stages share; each is read back from the cache where the stage that makes it did not run.
 

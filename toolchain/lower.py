@@ -81,6 +81,20 @@ def lower_half(quantised: ir.Model, target: Target, *, keep: tuple[str, ...] = (
     return copy
 
 
+#: Runtime -> passes over the float graph that are for this runtime alone: exact, and measured to be faster on it.
+TUNED: Mapping[str, tuple[str, ...]] = {
+    "ort-cpu": ("shield_layer_norm",),
+}
+
+
+def tuned(model: ir.Model, target: Target) -> ir.Model | None:
+    """A copy of the float graph as the target's runtime is fastest with it; None where it is that already."""
+    copy = model.clone()
+    # a list: each pass is to run, whether one before it changed anything or not
+    changed = any([passes.make(name)(copy).modified for name in TUNED.get(target.runtime, ())])
+    return copy if changed else None
+
+
 def lower_by_pass(
     model: ir.Model, precision: str, *, exclude: tuple[str, ...] = ()
 ) -> tuple[ir.Model, tuple[Declined, ...]]:

@@ -23,7 +23,8 @@ from toolchain.bounds import bound as bound_of
 from toolchain.cache import digest_of
 from toolchain.compile import compile_model, read_compiled, session_options
 from toolchain.evaluate import reference_session
-from toolchain.line import Line, Lowered
+from toolchain.line import Line
+from toolchain.lowering import Lowered
 from toolchain.machine import cpu_model, usable_cores
 from toolchain.recipe import Recipe, SessionConfig
 from toolchain.report import StageReport, VariantReport, dumps, from_json

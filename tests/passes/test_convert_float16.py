@@ -174,7 +174,8 @@ def test_scales_that_vanish_in_16_bits_are_made_larger_and_their_integers_smalle
     assert (scale > 0).all()
     old = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     exact = old["w"].astype(np.float64) * old["scale"]
-    np.testing.assert_allclose(integers * scale.astype(np.float64), exact, rtol=2**-10, atol=1.01e-6)  # half a step of the scale
+    half_a_step = 1.01e-6
+    np.testing.assert_allclose(integers * scale.astype(np.float64), exact, rtol=2**-10, atol=half_a_step)
     np.testing.assert_array_equal(integers[:, [0, 4, 5]], old["w"][:, [0, 4, 5]])
 
 

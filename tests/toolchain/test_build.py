@@ -100,7 +100,7 @@ def test_a_second_build_does_nothing_and_a_third_reuses_every_stage(model: Path,
 @pytest.mark.parametrize(
     ("change", "rerun"),
     [
-        ({"passes": ["fold_constants"]}, {"optimize", "compile", "verify", "benchmark"}),
+        ({"passes": ["fold_constants"]}, {"optimize", "lower", "compile", "verify", "benchmark"}),
         ({"verify__samples": 3}, {"verify"}),
         ({"benchmark__count": 6}, {"benchmark"}),
         ({"session__intra_op_threads": 1}, {"compile", "verify", "benchmark"}),

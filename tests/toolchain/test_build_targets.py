@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from toolchain_support import conv_net, save
 
@@ -102,3 +103,25 @@ def test_an_engine_for_a_device_that_is_not_here(tmp_path: Path, precision: str,
         assert engine.name in session.info["why"]
     with pytest.raises(runtimes.TargetUnavailable, match="tensorrt-rtx"):
         runtimes.load(built.path, target=str(target))
+
+
+def test_a_float_graph_is_tuned_for_one_runtime_alone(tmp_path: Path) -> None:
+    """The addition before a LayerNormalization is kept from a slow fusion of ONNX Runtime's, and of no other's."""
+    text = """<ir_version: 9, opset_import: ["": 17]> net (float[N, 8] x) => (float[N, 8] y)
+    <float[8] scale = {1, 1, 1, 1, 1, 1, 1, 1}, float[8] bias = {0, 0, 0, 0, 0, 0, 0, 0}> {
+        r = Relu(x)  s = Add(x, r)  y = LayerNormalization<axis = -1>(s, scale, bias)
+    }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "norm.onnx")
+    changes = {"targets": ["ort-cpu", "reference"], "output": str(tmp_path / "art")}
+    quick = {"benchmark__count": 5, "benchmark__duration_s": 0.0}
+    built = build(
+        Recipe(model=str(tmp_path / "norm.onnx")).override(**changes, **quick), cache=Cache(tmp_path / "cache")
+    )
+    ops = {
+        target: [node.op_type for node in onnx.load(built.path / f"{target}-fp32" / "model.onnx").graph.node]
+        for target in ("ort-cpu", "reference")
+    }
+    assert ops == {
+        "ort-cpu": ["Relu", "Sum", "LayerNormalization"],
+        "reference": ["Relu", "Add", "LayerNormalization"],
+    }
