@@ -1,21 +1,26 @@
-"""``toolchain debug quantization``: layer by layer, who hurts and how much."""
+"""``toolchain debug``: which layers hurt in INT8, and what an engine is made of and where its numbers are off."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import onnx_ir as ir
 import typer
 from rich.text import Text
 
 from passes._quant import Calibration
 from runtimes import InvalidArtifact, package
+from runtimes._manifest import Variant
 from toolchain import calibration_file, console
 from toolchain.artifact import CALIBRATION, EXPORTED
+from toolchain.console import parse_dims
 from toolchain.data import open_dataset
 from toolchain.debug import debug_quantization, write_page
+from toolchain.engine_debug import debug_engine, require_polygraphy
 from toolchain.errors import DataError
 from toolchain.evaluate import class_count, input_specs
 from toolchain.onnx_file import read_onnx
@@ -29,13 +34,10 @@ debugging = typer.Typer()
 debug = typer.Typer(help="Looks into an artifact layer by layer.", no_args_is_help=True)
 debugging.add_typer(debug, name="debug")
 
+#: Runtimes whose variants are engines.
+_ENGINES = ("tensorrt", "tensorrt-rtx")
 #: Layers that the terminal shows; the page and --json have all.
 _SHOWN = 20
-
-
-@debug.callback()
-def _group() -> None:
-    """Keeps `quantization` a word of its own while it is the only one."""
 
 
 @debug.command()
@@ -61,24 +63,7 @@ def quantization(
         )
     with console.status("optimising") as on_status:
         model, calibration = _float_graph(artifact, recipe)
-        specs = input_specs(model)
-        if eval_data is None:
-            samples = [seeded_inputs(specs, batch=1, seed=recipe.seed + n, dims=recipe.dims) for n in range(limit)]
-        else:
-            preprocessing = found.metadata.get("preprocessing")
-            dataset = open_dataset(
-                eval_data,
-                inputs=specs,
-                preprocessing=ImagePreprocessing.from_json(preprocessing) if preprocessing else None,
-                class_names=found.metadata.get("labels"),
-                class_count=class_count(model),
-                label_offset=found.metadata.get("label_offset", 0),
-                batch_size=1,
-                limit=limit,
-            )
-            samples = [batch.inputs for batch in itertools.islice(dataset, limit)]
-        if not samples:
-            raise DataError("no sample to measure on", where=eval_data)
+        samples = _samples(found, recipe, model, eval_data, limit)
         result = debug_quantization(
             model, variant.target, calibration, samples, weights=recipe.quantize.weights, on_status=on_status
         )
@@ -102,6 +87,100 @@ def quantization(
     console.out.print(Text(f"everything in INT8: noise/signal of the output {result.total_nmse:.2g}"))
     if output is not None:
         console.out.print(Text(f"wrote {output}"))
+
+
+@debug.command()
+def engine(
+    artifact: Annotated[Path, typer.Argument(help="an artifact with an engine", show_default=False)],
+    variant: Annotated[str | None, typer.Option(help="which of its variants", show_default="the first engine")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="also compare every tensor: builds a second engine")] = False,
+    eval_data: Annotated[
+        str | None, typer.Option("--eval-data", help="samples to compare on", show_default="seeded inputs")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="samples to compare on", min=1)] = 4,
+    dim: Annotated[
+        list[str] | None, typer.Option("--dim", help="NAME=SIZE of a dimension of made-up inputs", show_default=False)
+    ] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="vouch for an engine that was built elsewhere")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print the result as one line of JSON")] = False,
+) -> None:
+    """Shows the layers of a TensorRT engine and how far its numbers are from ONNX Runtime's."""
+    require_polygraphy()
+    found = package.read_package(artifact)
+    chosen = _engine_variant(found, variant)
+    found.verify(name for name in found.files if name.startswith(chosen.directory + "/"))
+    recipe = from_dict(found.metadata["recipe"], origin="the artifact's recipe")
+    recipe = recipe.override(dims={**recipe.dims, **parse_dims(dim)})
+    compiled = dataclasses.replace(found.compiled(chosen), trusted=trust)
+    if compiled.model_file is None:
+        raise InvalidArtifact("the engine has no graph beside it", where=str(compiled.directory), hint="build it again")
+    with console.status("reading the graph") as on_status:
+        samples = _samples(found, recipe, read_onnx(compiled.directory / compiled.model_file), eval_data, limit)
+        result = debug_engine(compiled, samples, layers=layers, on_status=on_status)
+    if json:
+        console.print_json(result)
+        return
+    width = console.out.width
+    if result.layers:
+        made_of = [(each.name, each.kind, ", ".join(each.reads), ", ".join(each.gives)) for each in result.layers]
+        console.out.print(table((f"layers of {chosen.name}", ("layer", "kind", "reads", "gives"), made_of), width))
+    header = ("tensor", "op", "noise/signal", "what it read", "largest difference", "cosine")
+    worst = sorted(result.tensors, key=lambda one: (one.reads_nmse or 0.0) - one.nmse)[:_SHOWN]
+    for title, differences in (
+        (f"outputs against ONNX Runtime, {result.samples} samples", result.outputs),
+        ("tensors where the most noise comes in", worst),
+    ):
+        rows = [
+            (
+                one.tensor, one.op_type, f"{one.nmse:.2g}", "-" if one.reads_nmse is None else f"{one.reads_nmse:.2g}",
+                f"{one.max_abs:.3g}", f"{one.cosine:.6f}",
+            )
+            for one in differences
+        ]  # fmt: skip
+        if rows:
+            console.out.print(table((title, header, rows), width))
+    if len(result.tensors) > _SHOWN:
+        console.out.print(Text(f"and {len(result.tensors) - _SHOWN} more tensors; --json has all", "dim"))
+    for remark in result.remarks:
+        console.out.print(Text(remark))
+
+
+def _engine_variant(found: package.Package, name: str | None) -> Variant:
+    """The variant of that name, the first engine where none is given. Raises InvalidArtifact."""
+    engines = [one for one in found.variants if one.target.runtime in _ENGINES]
+    chosen = next((one for one in engines if name in (None, one.name)), None)
+    if chosen is None:
+        there = ", ".join(f"{one.name} ({one.target})" for one in found.variants)
+        raise InvalidArtifact(
+            f"the artifact has no engine {name!r}" if name else "the artifact has no TensorRT engine",
+            where=str(found.root),
+            hint=f"it has: {there}; --target tensorrt or tensorrt-rtx builds one",
+        )
+    return chosen
+
+
+def _samples(
+    found: package.Package, recipe: Recipe, model: ir.Model, eval_data: str | None, limit: int
+) -> list[dict[str, np.ndarray]]:
+    """Inputs of batch 1: the user's, preprocessed as in the build, or made-up ones. Raises DataError."""
+    specs = input_specs(model)
+    if eval_data is None:
+        return [seeded_inputs(specs, batch=1, seed=recipe.seed + n, dims=recipe.dims) for n in range(limit)]
+    preprocessing = found.metadata.get("preprocessing")
+    dataset = open_dataset(
+        eval_data,
+        inputs=specs,
+        preprocessing=ImagePreprocessing.from_json(preprocessing) if preprocessing else None,
+        class_names=found.metadata.get("labels"),
+        class_count=class_count(model),
+        label_offset=found.metadata.get("label_offset", 0),
+        batch_size=1,
+        limit=limit,
+    )
+    samples = [batch.inputs for batch in itertools.islice(dataset, limit)]
+    if not samples:
+        raise DataError("no sample to measure on", where=eval_data)
+    return samples
 
 
 def _float_graph(artifact: Path, recipe: Recipe) -> tuple[ir.Model, Calibration]:
