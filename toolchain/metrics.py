@@ -67,6 +67,21 @@ def tensor_error(reference: np.ndarray, candidate: np.ndarray) -> TensorError:
     return TensorError(max_abs, nmse, sqnr, cosine, _top1(ref, cand))
 
 
+def noise_to_signal(reference: np.ndarray, candidate: np.ndarray) -> float:
+    """``TensorError.nmse`` of two float32 arrays to about four digits, in a tenth of the time: for rankings.
+
+    What is beyond float32 when squared is measured in float64.
+    """
+    flat = reference.ravel()
+    with np.errstate(all="ignore"):
+        difference = flat - candidate.ravel()
+        signal, noise = float(flat @ flat), float(difference @ difference)
+    # subnormal or infinite sums are those of very small or large values, and have lost their digits
+    if reference.dtype != np.float32 or not (1e-30 < signal < math.inf and 1e-30 < noise < math.inf):
+        return tensor_error(reference, candidate).nmse
+    return noise / signal
+
+
 def _top1(reference: np.ndarray, candidate: np.ndarray) -> float | None:
     if reference.ndim < 2 or reference.shape[-1] < 2 or reference.size == 0:
         return None

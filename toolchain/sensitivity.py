@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from passes.base import label
 from toolchain.evaluate import Feeds, reference_session, with_outputs
-from toolchain.metrics import tensor_error
+from toolchain.metrics import noise_to_signal
 
 #: Appended to the name of a value where the quantised graph is fed the float model's.
 _FLOAT = "__float"
@@ -77,7 +77,7 @@ def layer_sensitivities(
             used = {spec.name for spec in cut_session.inputs}
             got = cut_session.run({**{k: v for k, v in sample.items() if k in used}, **feeds})
             for node, name in compared.items():
-                total[node] += tensor_error(expected[name], got[name]).nmse / len(samples)
+                total[node] += noise_to_signal(expected[name], got[name]) / len(samples)
     readers = _readers(model, set(total))
     ranked = [
         LayerSensitivity(node, kinds[node], nmse, max(nmse, *(total[r] for r in readers[node]), 0.0))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from toolchain.metrics import tensor_error
+from toolchain.metrics import noise_to_signal, tensor_error
 
 
 def test_by_hand() -> None:
@@ -73,3 +73,18 @@ def test_strings_are_equal_or_not() -> None:
 def test_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="shapes differ"):
         tensor_error(np.zeros(2), np.zeros(3))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25, 0.0])
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 0.3])
+def test_noise_to_signal_is_the_nmse_of_float32(scale: float, noise: float) -> None:
+    rng = np.random.default_rng(2)
+    reference = (rng.normal(size=(3, 40_000)) * scale).astype(np.float32)
+    candidate = (reference * (1 + noise * rng.normal(size=reference.shape))).astype(np.float32)
+    assert noise_to_signal(reference, candidate) == pytest.approx(tensor_error(reference, candidate).nmse, rel=1e-4)
+
+
+def test_noise_to_signal_of_what_is_not_finite() -> None:
+    values = np.array([1.0, np.inf], np.float32)
+    assert noise_to_signal(values, values) == 0
+    assert noise_to_signal(values, np.array([1.0, 2.0], np.float32)) == np.inf
