@@ -11,8 +11,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-#: Most evaluations that taking layers off the list again may cost.
+#: Most evaluations that taking layers off the list again may cost: so many, and one for so many layers.
 _MOST_TRIMS = 12
+_LAYERS_A_TRIM = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,7 +85,8 @@ def search(ranked: Sequence[str], evaluate: Callable[[tuple[str, ...]], float], 
             low = middle
         else:
             high = middle
-    return found(_trim(tuple(ranked[:high]), drop, max_drop, len(trials) + _MOST_TRIMS, trials))
+    trims = min(_MOST_TRIMS, math.ceil(len(ranked) / _LAYERS_A_TRIM))
+    return found(_trim(tuple(ranked[:high]), drop, max_drop, len(trials) + trims, trials))
 
 
 def _trim(
