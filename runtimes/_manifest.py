@@ -94,9 +94,10 @@ def _read(path: Path) -> bytes:
             where=str(path),
             hint="give the directory that the build wrote, or an .onnx file",
         ) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # open() takes no folder, and says so in its own words
+        os.close(descriptor)
+        raise InvalidArtifact("the manifest is not a plain file", where=str(path))
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise InvalidArtifact("the manifest is not a plain file", where=str(path))
         content = file.read(_MAX_MANIFEST + 1)
     if len(content) > _MAX_MANIFEST:
         raise InvalidArtifact(f"the manifest is larger than {_MAX_MANIFEST >> 20} MiB", where=str(path))
