@@ -298,6 +298,8 @@ class _Reader:
     def _text(self, value: Any, where: str) -> str:
         if not isinstance(value, str):
             raise self._wrong(where, f"must be a text, is {_json_type(value)}")
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise self._wrong(where, "has half of a surrogate pair, which cannot be written or printed")
         return value
 
     def _keys(self, body: Mapping[str, Any], where: str, *, required: set[str], optional: set[str]) -> None:
