@@ -1,14 +1,16 @@
-"""Runs a model (``run PATH --input x.npy``) or describes it (``info PATH``) with numpy and one runtime."""
+"""Runs, describes, installs, rolls back and verifies models with numpy and one runtime."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import runtimes
+from runtimes import install as installing
 from runtimes.package import is_package, read_package
 
 
@@ -30,8 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="an .npy for an input (NAME= may be left out where there is one), or an .npz with all of them",
     )
     run.add_argument("--output", type=Path, help=".npy for the only output, .npz for all; without it they are printed")
+    _add_installing(commands)
     parsed = parser.parse_args(arguments)
     try:
+        if parsed.command in _INSTALLING:
+            _print(_INSTALLING[parsed.command](parsed))
+            return 0
         with runtimes.load(parsed.path, target=parsed.target, variant=parsed.variant) as session:
             if parsed.command == "info":
                 _print(_describe(parsed.path, session))
@@ -42,6 +48,67 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     return 0
+
+
+def _add_installing(commands: Any) -> None:
+    install = commands.add_parser("install", help="unpack a bundle, test it here, and put it into service")
+    install.add_argument("path", type=Path, help="a bundle: .tar.zst, .tar.gz or .tar")
+    install.add_argument("--to", type=Path, required=True, metavar="ROOT", help="the folder of its versions")
+    install.add_argument("--keep", type=int, default=installing.KEEP, help="versions that stay (default: %(default)s)")
+    rollback = commands.add_parser("rollback", help="put the version before back into service")
+    rollback.add_argument("path", type=Path, metavar="ROOT", help="the folder of versions")
+    rollback.add_argument("--to", type=int, metavar="VERSION", help="this version instead; also forward again")
+    verify = commands.add_parser("verify", help="compare every digest of a bundle, an artifact or what is installed")
+    verify.add_argument("path", type=Path)
+    for command, option in ((install, "--verify"), (verify, "--key")):
+        command.add_argument(option, dest="key", type=Path, metavar="KEY.pub", help="whose signature there has to be")
+        command.add_argument(
+            "--root-certificate",
+            action="append",
+            type=Path,
+            default=[],
+            metavar="ROOT.pem",
+            help="or: who vouches for the certificate that signed",
+        )
+    compiling = commands.add_parser("compile-on-device", help="build here what a bundle brought as a graph")
+    compiling.add_argument("path", type=Path, metavar="ROOT", help="the folder of versions")
+
+
+def _signer(parsed: argparse.Namespace) -> installing.Signer | None:
+    if parsed.key is None and not parsed.root_certificate:
+        return None
+    return installing.Signer(key=parsed.key, roots=tuple(parsed.root_certificate))
+
+
+def _install(parsed: argparse.Namespace) -> list[str]:
+    return _installed(installing.install(parsed.path, parsed.to, signer=_signer(parsed), keep=parsed.keep))
+
+
+def _rollback(parsed: argparse.Namespace) -> list[str]:
+    return _installed(installing.rollback(parsed.path, to=parsed.to))
+
+
+def _compile(parsed: argparse.Namespace) -> list[str]:
+    return _installed(installing.compile_here(parsed.path))
+
+
+def _verify(parsed: argparse.Namespace) -> list[str]:
+    found = installing.verify(parsed.path, signer=_signer(parsed))
+    lines = [f"{found.name}, sha256 {found.digest}: {found.files} files, {found.size:,} bytes, all as they were built"]
+    return lines + [f"signed by {found.signed_by}" if found.signed_by else "the signature was not checked"]
+
+
+def _installed(done: installing.Installed) -> list[str]:
+    lines = [f"version {done.version} of {done.name} is in service in {done.root}, sha256 {done.digest}"]
+    if done.signed_by:
+        lines.append(f"signed by {done.signed_by}")
+    for one in done.tested:
+        error = "nothing to compare" if one.error is None else f"error {one.error:.1e}"
+        lines.append(f"{one.variant}: {'not run here: ' + one.why_not if one.why_not else 'tested, ' + error}")
+    return lines
+
+
+_INSTALLING = {"install": _install, "rollback": _rollback, "verify": _verify, "compile-on-device": _compile}
 
 
 def _describe(path: Path, session: runtimes.Session) -> list[str]:

@@ -77,14 +77,16 @@ def _refusal(reason: str, remedy: str | None = None) -> str:
     return json.dumps(dataclasses.asdict(Availability(False, reason=reason, remedy=remedy)))
 
 
-def _command(name: str) -> list[str]:
+def child(code: str) -> list[str]:
+    """The command line of a Python that finds what this one finds, and nothing that lies in the user's folder."""
     # Not python -m: that looks for modules in the current folder first.
     paths = [path for path in sys.path if path]
-    start = (
-        f"import sys; sys.path = {paths if str(_HOME) in paths else [*paths, str(_HOME)]!r}; "
-        f"from runtimes._probe import main; main({name!r})"
-    )
+    start = f"import sys; sys.path = {paths if str(_HOME) in paths else [*paths, str(_HOME)]!r}; {code}"
     return [sys.executable, "-c", start]
+
+
+def _command(name: str) -> list[str]:
+    return child(f"from runtimes._probe import main; main({name!r})")
 
 
 def _answer(child: subprocess.Popen[bytes], deadline: float, timeout_s: float) -> Availability:

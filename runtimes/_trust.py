@@ -1,8 +1,9 @@
 """Whether native code may be loaded, and files that only this user can have written.
 
 A TensorRT plan is native code: who deserialises one lets its maker do what this process can. So a plan is taken only
-if it was built on this machine by this user, or if the caller vouches for it. ``compile`` notes the SHA-256 of each
-plan that it writes, one small file for each in the user's cache; an artifact cannot bring such a note along.
+if it was built on this machine by this user, if it came in an artifact whose signature this user had checked, or if the
+caller vouches for it. ``compile`` notes the SHA-256 of each plan that it writes, and ``install`` that of each whose
+signature it checked, one small file for each in the user's cache; an artifact cannot bring such a note along.
 """
 
 from __future__ import annotations
@@ -25,24 +26,39 @@ def note_built(sha256: str, what: str) -> bool:
         what: for a person who looks into the cache.
     """
     root = cache_root()
-    return root is not None and write_own(_note(root, sha256), f"{what}\n".encode())
+    return root is not None and write_own(_note(root, "built", sha256), f"{what}\n".encode())
+
+
+def note_signed(sha256: str, who: str) -> bool:
+    """Notes that a file of this digest came signed, and that the signature was checked. Returns whether that could be
+    written.
+
+    Args:
+        sha256: of the file, in lower-case hex.
+        who: whose signature it was, for a person who looks into the cache.
+    """
+    root = cache_root()
+    return root is not None and write_own(_note(root, "signed", sha256), f"{who}\n".encode())
 
 
 def refusal(sha256: str, *, trusted: bool) -> str | None:
     """Why native code of this digest may not be loaded; None where it may.
 
-    This is the one place that decides. A signature that was checked would be the third reason to say yes.
+    This is the one place that decides.
     """
     if trusted:
         return None
     root = cache_root()
-    if root is not None and read_own(_note(root, sha256)) is not None:
+    if root is not None and any(read_own(_note(root, why, sha256)) is not None for why in ("built", "signed")):
         return None
-    return "it was not built on this machine, and is native code that could do here whatever this process can"
+    return (
+        "it was not built on this machine, came with no signature that was checked here, and is native code that could "
+        "do here whatever this process can"
+    )
 
 
-def _note(root: Path, sha256: str) -> Path:
-    return root / "built" / sha256
+def _note(root: Path, why: str, sha256: str) -> Path:
+    return root / why / sha256
 
 
 def read_own(path: Path) -> bytes | None:

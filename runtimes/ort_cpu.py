@@ -5,6 +5,9 @@ Runtime itself optimises it here, with the weights laid out as its kernels want 
 mapped and not read; it loads several times faster, but its layout belongs to the CPU features and to the
 build of ONNX Runtime that made it. The fingerprint says which, and ``load`` takes ``prepared/`` only where
 all of it is equal.
+
+``load`` also takes a model in ORT format (``.ort``), as bundles for small devices have one. ONNX Runtime verifies the
+flatbuffer, which refers to no other file.
 """
 
 from __future__ import annotations
@@ -136,12 +139,13 @@ class OrtCpu(Backend):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        checked = check_model_file(compiled.directory / file)
+        path = compiled.directory / file
+        unranked = frozenset() if path.suffix == ".ort" else check_model_file(path).unranked
         import onnxruntime
 
         prepared = file == compiled.prepared_file
         session_options = _session_options(options, "disabled" if prepared else options.graph_level)
-        session = make_session(checked.path, session_options, ["CPUExecutionProvider"])
+        session = make_session(path, session_options, ["CPUExecutionProvider"])
         info = {
             "target": str(compiled.target),
             "runtime": f"onnxruntime {onnxruntime.__version__}",
@@ -150,7 +154,7 @@ class OrtCpu(Backend):
             "graph_level": options.graph_level,
             "intra_op_threads": str(options.intra_op_threads or "one per core"),
         }
-        return OrtSession(session, compiled.target, file=checked.path, unranked=checked.unranked, info=info)
+        return OrtSession(session, compiled.target, file=path, unranked=unranked, info=info)
 
     def _require(self, target: Target) -> None:
         if target.device is not None:

@@ -20,6 +20,9 @@ The writer is ``toolchain/artifact.py``; what both agree on is this::
              …anything else is handed on as Package.metadata…}}}
     root/ort-cpu-fp32/…, root/export/model.onnx, root/recipe.yaml, …
 
+A folder that ``install`` made holds several of these under numbers, and is read as the one that is in service
+(``runtimes/_versions.py``).
+
 ``files`` lists every file but the manifest, by POSIX path relative to the root. What is on disk and not in
 the list is refused, and so are links, devices, absolute paths and ``..``. No byte of a file is parsed before
 its SHA-256 was compared.
@@ -42,6 +45,7 @@ from typing import Any
 
 from runtimes._digests import TICK_NS, FileEntry, verify_files
 from runtimes._manifest import Variant, read_manifest
+from runtimes._versions import resolve
 from runtimes.base import Availability, Compiled, Error, InvalidArtifact, Target, TargetUnavailable
 
 _MAX_FILES = 100_000
@@ -113,13 +117,13 @@ def read_package(root: str | os.PathLike[str]) -> Package:
     """Reads the manifest and checks it and the folder, without reading any other file.
 
     Args:
-        root: the artifact's directory, or a symlink to it.
+        root: the artifact's directory, or a symlink to it, or a folder that ``install`` made.
 
     Raises:
         InvalidArtifact: no artifact, or a damaged, unsafe or newer one.
     """
     try:
-        real = Path(os.path.realpath(root, strict=True))
+        real = resolve(Path(os.path.realpath(root, strict=True)))
     except (OSError, ValueError) as error:
         raise InvalidArtifact(f"there is no artifact: {error}", where=str(root)) from None
     manifest = read_manifest(real)
@@ -138,8 +142,8 @@ def read_package(root: str | os.PathLike[str]) -> Package:
 
 
 def is_package(path: Path) -> bool:
-    """Whether a path is a directory with a manifest."""
-    return path.is_dir() and os.path.lexists(path / "manifest.json")
+    """Whether a path is a directory with a manifest, or one of installed versions."""
+    return path.is_dir() and os.path.lexists(resolve(path) / "manifest.json")
 
 
 def choose_variant(

@@ -71,7 +71,7 @@ def write_artifact(
     version: str,
     variants: Sequence[Variant],
     exported: Path,
-    texts: Mapping[str, str],
+    texts: Mapping[str, str | bytes],
     metadata: Mapping[str, Any],
 ) -> None:
     """Writes the package to a folder beside ``destination`` and puts it there in one step.
@@ -82,7 +82,7 @@ def write_artifact(
         version: the package's version.
         variants: best first: who loads takes the first that runs there.
         exported: the folder of the exported model, ``model.onnx`` and any external data.
-        texts: further files by relative path (the recipe, the reports).
+        texts: further files by relative path (the recipe, the reports), as text or as bytes.
         metadata: our own data, readable as ``Package.metadata``.
 
     Raises:
@@ -99,8 +99,9 @@ def write_artifact(
         for relative, text in texts.items():
             path = root / relative
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-            digests[relative] = hashlib.sha256(text.encode()).hexdigest()
+            content = text.encode() if isinstance(text, str) else text
+            path.write_bytes(content)
+            digests[relative] = hashlib.sha256(content).hexdigest()
         files = {path: {"sha256": sha, "size": (root / path).stat().st_size} for path, sha in sorted(digests.items())}
         manifest = {
             "schema_version": "1.0",

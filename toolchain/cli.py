@@ -13,6 +13,7 @@ from toolchain import console, models
 from toolchain import recipe as recipes
 from toolchain.benchmark import Plan, Subject, benchmark, compare_latency
 from toolchain.cache import Cache
+from toolchain.cli_bundle import bundling
 from toolchain.cli_calibrate import calibrating
 from toolchain.cli_debug import debugging
 from toolchain.cli_look import looking
@@ -392,7 +393,7 @@ def bench(
 
 
 # Those that only look come after those that make something.
-app.registered_commands += calibrating.registered_commands + looking.registered_commands
+app.registered_commands += bundling.registered_commands + calibrating.registered_commands + looking.registered_commands
 app.registered_groups += looking.registered_groups + debugging.registered_groups
 
 

@@ -11,6 +11,7 @@
     ├── CalibrationError        ranges cannot be found, read, or do not belong to the graph
     ├── FidelityError           the candidate is further from the reference than its bound allows
     ├── RecipeError             a key, type or value in a recipe
+    ├── SigningError            a key or certificate that cannot be used, or nothing to sign with
     └── StorageError            the disk: full, read-only, not there
 
 The command line prints any of them as text and exits with 2; ``--debug`` adds the traceback.
@@ -47,6 +48,10 @@ class FidelityError(Error):
 
 class RecipeError(Error):
     """A recipe has an unknown key, a wrong type or a value that is not allowed."""
+
+
+class SigningError(Error):
+    """A key or certificate cannot be used, or the package that signs is not installed."""
 
 
 class StorageError(Error):
