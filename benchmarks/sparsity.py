@@ -60,7 +60,8 @@ def compressed(raw: bytes) -> tuple[str, int]:
     if importlib.util.find_spec("zstandard"):
         import zstandard
 
-        return "zstd -19", len(zstandard.ZstdCompressor(level=19).compress(raw))
+        level = 19 if len(raw) < 20e6 else 9  # 19 takes a minute on 100 MB, and makes no less of floats
+        return f"zstd -{level}", len(zstandard.ZstdCompressor(level=level).compress(raw))
     return "lzma", len(lzma.compress(raw))
 
 
