@@ -82,7 +82,7 @@ class Binding {
   std::unique_ptr<State> state_;
 };
 
-// The results of one run. Owns their memory, which is the runtime's own and no copy of it.
+// The results of one run. Owns their memory: that of the arrays which Session.run() gave.
 class Outputs {
  public:
   ~Outputs();

@@ -80,8 +80,9 @@ Variant read_variant(const std::string& name, const Json& body, const Artifact& 
   const Json* directory = body.find("variant_directory");
   const std::string folder = plain(directory ? directory->text(where + ".variant_directory") : name, where);
   if (const Json* model = ours.find("model_file"); model && !model->is_null()) {
-    made.model_file = folder + "/" + plain(model->text(where + ".model_file"), where);
-    if (!artifact.files.count(made.model_file)) throw std::runtime_error(where + ": " + made.model_file + " is not in the list of files");
+    const std::string file = folder + "/" + plain(model->text(where + ".model_file"), where);
+    if (!artifact.files.count(file)) throw std::runtime_error(where + ": " + file + " is not in the list of files");
+    if (file.size() > 5 && file.compare(file.size() - 5, 5, ".onnx") == 0) made.model_file = file;
   }
   return made;
 }
