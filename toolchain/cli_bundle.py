@@ -55,7 +55,7 @@ def bundle(
              "platform": done.platform, "variants": choices, "ort_format": done.ort_format, "signed": done.signed}
         )  # fmt: skip
         return
-    rows = [(c.variant.name, str(c.variant.target), c.fate, c.why or "-") for c in done.choices]
+    rows: list[tuple[str, ...]] = [(c.variant.name, str(c.variant.target), c.fate, c.why or "-") for c in done.choices]
     if done.ort_format:
         rows.append(("in ORT format", "ort-cpu", "added", f"needs ONNX Runtime {done.ort_format} or later"))
     console.out.print(table((f"{artifact} for {platform}", ("variant", "target", "goes along", "why"), rows)))

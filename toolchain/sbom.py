@@ -9,6 +9,7 @@ See https://cyclonedx.org/docs/1.6/json and ECMA-424; package URLs: https://gith
 from __future__ import annotations
 
 import json
+import urllib.parse
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +31,7 @@ def bill(package: Package, files: Mapping[str, FileEntry]) -> str:
         files: those that are shipped.
     """
     machine = package.metadata.get("machine") or {}
-    packages: Mapping[str, str] = machine.get("packages", {}) if isinstance(machine, Mapping) else {}
+    packages = machine.get("packages", {}) if isinstance(machine, dict) else {}
     source = package.metadata.get("source")
     model = f"pkg:generic/{_quoted(package.name)}@{_quoted(package.version)}?checksum=sha256:{package.digest}"
     libraries = [
@@ -46,27 +47,23 @@ def bill(package: Package, files: Mapping[str, FileEntry]) -> str:
     properties = [{"name": "onnx-toolchain:manifest-sha256", "value": package.digest}]
     if source is not None:
         properties.append({"name": "onnx-toolchain:source", "value": json.dumps(source, sort_keys=True)})
-    tree: dict[str, Any] = {
+    component: dict[str, Any] = {
+        "type": "machine-learning-model", "bom-ref": model, "name": package.name,
+        "version": package.version or "0", "purl": model, "properties": properties,
+    }  # fmt: skip
+    if package.description:
+        component["description"] = package.description
+    return json.dumps({
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
         "serialNumber": f"urn:uuid:{uuid.uuid5(_SPACE, package.digest + ' '.join(sorted(files)))}",
         "version": 1,
-        "metadata": {
-            "component": {
-                "type": "machine-learning-model", "bom-ref": model, "name": package.name,
-                "version": package.version or "0", "purl": model, "properties": properties,
-            },
-        },
+        "metadata": {"component": component},
         "components": [*data, *libraries],
         "dependencies": [{"ref": model, "dependsOn": [one["bom-ref"] for one in (*data, *libraries)]}],
-    }  # fmt: skip
-    if package.description:
-        tree["metadata"]["component"]["description"] = package.description
-    return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+    }, indent=1, ensure_ascii=False) + "\n"  # fmt: skip
 
 
 def _quoted(text: str) -> str:
-    import urllib.parse
-
     return urllib.parse.quote(text or "0", safe=".-_~")

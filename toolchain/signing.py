@@ -98,8 +98,10 @@ def sign(digests: Mapping[str, str], key: SigningKey, *, name: str) -> bytes:
         if key.certificate is None:
             config.use_elliptic_key_signer(private_key=key.key)
         else:
+            # model-signing 1.1 takes no empty chain; the certificate itself adds nothing to its own.
+            chain = key.chain or (key.certificate,)
             config.use_certificate_signer(
-                private_key=key.key, signing_certificate=key.certificate, certificate_chain=key.chain
+                private_key=key.key, signing_certificate=key.certificate, certificate_chain=chain
             )
         config.set_hashing_config(_KnownDigests(name, digests))
         with tempfile.TemporaryDirectory() as folder:
@@ -110,6 +112,6 @@ def sign(digests: Mapping[str, str], key: SigningKey, *, name: str) -> bytes:
         # TypeError: an encrypted key without a password; AttributeError: a key that has no curve, such as RSA's
         raise SigningError(
             f"cannot sign: {error}",
-            where=os.fspath(key.key),
+            where=", ".join(map(os.fspath, (key.key, *([key.certificate] if key.certificate else ()), *key.chain))),
             hint="give an elliptic curve key: openssl ecparam -genkey -name prime256v1 -noout -out key.pem",
         ) from error
