@@ -13,6 +13,15 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before anything was begun\n")
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "toolchain").partition(".")[0]
+        if missing in ("toolchain", "passes", "runtimes"):
+            raise
+        sys.stderr.write(
+            f"error: {missing} is not installed: what runs artifacts is here, what builds them is not\n"
+            "  next: pip install 'onnx-toolchain[build]'\n"
+        )
+        sys.exit(2)
     code = cli.run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # its reader may have gone, as in `| head`
