@@ -316,7 +316,7 @@ def _into_service(
     return Installed(root, number, name, digest, who, tested, removed)
 
 
-def _parse(reader: BundleReader) -> Manifest:
+def bundle_manifest(reader: BundleReader) -> Manifest:
     """The manifest of a bundle, through the one reader of manifests, which reads a file."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / MANIFEST).write_bytes(reader.manifest)
@@ -328,7 +328,7 @@ def _parse(reader: BundleReader) -> Manifest:
 
 def _checked(reader: BundleReader, signer: Signer | None) -> tuple[Manifest, str | None]:
     """The manifest of a bundle, and whose signature it has, before any file is read."""
-    manifest = _parse(reader)
+    manifest = bundle_manifest(reader)
     check_files(manifest.files, reader.where, limits=reader.limits)
     if signer is None:
         return manifest, None
