@@ -166,7 +166,7 @@ def plan(
     if round_to < 1 or min_channels < 1:
         raise PassFailed(f"round_to is {round_to} and min_channels {min_channels}", hint="1 or more")
     single = _single(groups, per_layer or {})
-    excluded = _named(groups, exclude)
+    excluded = named(groups, exclude)
     chosen = [g for g in groups if g.name in scores and g.name not in excluded]
     for group in chosen:
         if scores[group.name].shape != (group.count,):
@@ -213,7 +213,7 @@ def _global(
     return kept
 
 
-def _named(groups: Sequence[Group], names: Sequence[str]) -> dict[str, str]:
+def named(groups: Sequence[Group], names: Sequence[str]) -> dict[str, str]:
     """The groups that these names mean, each with the name."""
     found: dict[str, str] = {}
     for name in names:
@@ -233,7 +233,7 @@ def _single(groups: Sequence[Group], per_layer: Mapping[str, float]) -> dict[str
     """Ratios by group from ratios by layer."""
     result: dict[str, float] = {}
     for name, ratio in per_layer.items():
-        for group in _named(groups, [name]):
+        for group in named(groups, [name]):
             if result.setdefault(group, ratio) != ratio:
                 raise PassFailed(
                     f"{name} is cut together with a layer that has another ratio: {result[group]}, not {ratio}",

@@ -37,7 +37,8 @@ from passes.base import RECORDS, Declined, InvalidOption, Outcome, Pass, PassFai
 from passes.eliminate_dead_code import EliminateDeadCode
 from passes.fold_constants import FoldConstants
 
-_RECORD = f"{RECORDS}prune_channels"
+#: the key of the model's metadata that says how it was pruned, so that ratios stay those of the dense model
+RECORD = f"{RECORDS}prune_channels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +91,10 @@ class PruneChannels(Pass):
                 )
 
     def call(self, model: ir.Model) -> Outcome:
-        record = _read_record(model)
+        record = read_record(model)
         if record.get("asked") == self._asked():
             return Outcome(model, False, declined=(Declined("model", "it is pruned like this already"),))
-        draft = _draft(model)
+        draft = prepared_copy(model)
         analysis = analyze(draft)
         groups, declined = self._eligible(draft, analysis)
         if not groups and not self.blocks:
@@ -131,7 +132,7 @@ class PruneChannels(Pass):
         apply(model, cut)
         EliminateDeadCode()(model)
         written = {"asked": self._asked(), "dense": dense, "blocks": sorted(gone | set(cut.blocks))}
-        model.metadata_props[_RECORD] = json.dumps(written, sort_keys=True)
+        model.metadata_props[RECORD] = json.dumps(written, sort_keys=True)
         return Outcome(model, True, fired=cut.count, declined=declined)
 
     def _asked(self) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def _unshare(model: ir.Model) -> bool:
     return changed
 
 
-def _draft(model: ir.Model) -> ir.Model:
+def prepared_copy(model: ir.Model) -> ir.Model:
     """A prepared copy, on which everything that can fail happens first. It shares the weights."""
     draft = model.clone()
     for scope in scopes(draft):
@@ -213,10 +214,10 @@ def _nothing(declined: Sequence[Declined]) -> PassFailed:
     )
 
 
-def _read_record(model: ir.Model) -> dict[str, Any]:
+def read_record(model: ir.Model) -> dict[str, Any]:
     """What an earlier run wrote; empty where there was none, or somebody wrote something else."""
     try:
-        record = json.loads(model.metadata_props.get(_RECORD, "{}"))
+        record = json.loads(model.metadata_props.get(RECORD, "{}"))
     except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
