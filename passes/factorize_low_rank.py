@@ -211,7 +211,7 @@ class FactorizeLowRank(Pass):
             r, s = share._rank(s_left) or 1, share._rank(s_right) or 1
         if cost(r, s) <= (1 - self.least_saving) * before:
             left, right = _orthogonal_iteration(weighted, left[:, :r], right[:, :s])
-        core = np.einsum("oi...,or,is->rs...", weighted, left[:, :r], right[:, :s])
+        core = np.einsum("oi...,or,is->rs...", weighted, left[:, :r], right[:, :s], optimize=True)
         factors = (half.back(right[:, :s].T), core, left[:, :r])
         return _Plan(factors, before, cost(r, s), f"ranks {r} of {outputs} and {s} of {inputs}")
 
@@ -235,7 +235,7 @@ class FactorizeLowRank(Pass):
         lost = math.inf
         for rank in ranks:
             weights, factors = _parafac(weighted, rank)
-            rebuilt = np.einsum(_cp_equation(len(taps)), weights, *factors)
+            rebuilt = np.einsum(_cp_equation(len(taps)), weights, *factors, optimize=True)
             lost = float(np.square(weighted - rebuilt).sum()) / norm if norm else 0.0
             if self.ratio is not None or lost <= self._lost():
                 break
