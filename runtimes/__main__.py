@@ -1,4 +1,4 @@
-"""Runs, describes, installs, rolls back and verifies models with numpy and one runtime."""
+"""Runs, describes, diagnoses, installs, rolls back and verifies models with numpy and one runtime."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 import runtimes
+from runtimes import _doctor
 from runtimes import install as installing
 from runtimes.package import is_package, read_package
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line. Returns the exit code: 0, or 2 after an error, which is printed."""
+    """Runs the command line. Returns the exit code: 0; 2 after an error, which is printed; 1 where doctor says no."""
     parser = argparse.ArgumentParser(prog="python -m runtimes", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run a model once on arrays from .npy or .npz files")
@@ -32,12 +33,18 @@ def main(arguments: list[str] | None = None) -> int:
         help="an .npy for an input (NAME= may be left out where there is one), or an .npz with all of them",
     )
     run.add_argument("--output", type=Path, help=".npy for the only output, .npz for all; without it they are printed")
+    doctor = commands.add_parser("doctor", help="what this machine can run, or what of an artifact, and why not")
+    doctor.add_argument("path", type=Path, nargs="?", help="an artifact, a folder of installed versions, or a bundle")
     _add_installing(commands)
     parsed = parser.parse_args(arguments)
     try:
         if parsed.command in _INSTALLING:
             _print(_INSTALLING[parsed.command](parsed))
             return 0
+        if parsed.command == "doctor":
+            lines, code = _doctor.report(parsed.path)
+            _print(lines)
+            return code
         with runtimes.load(parsed.path, target=parsed.target, variant=parsed.variant) as session:
             if parsed.command == "info":
                 _print(_describe(parsed.path, session))
