@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import onnx
 
 import runtimes
 
-TARGETS = ("ort-cuda", "tensorrt", "tensorrt-rtx")
+#: ``GPU_TARGETS=ort-cpu`` runs what can be run without a GPU, to try the tests themselves.
+TARGETS = tuple(os.environ.get("GPU_TARGETS", "ort-cuda,tensorrt,tensorrt-rtx").split(","))
 
 #: From an ONNX file, a target and options to a session.
 Build = Callable[..., runtimes.Session]

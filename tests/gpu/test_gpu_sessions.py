@@ -112,6 +112,7 @@ def test_torch_in_and_out(tmp_path: Path, build: Build, target: str) -> None:
         session.run({"x": torch.ones(4, 511, device="cuda")})
 
 
+@pytest.mark.usefixtures("gpu")
 def test_results_outlive_the_session(tmp_path: Path, build: Build, target: str) -> None:
     session = build(save_model(tmp_path / "r.onnx", RELU), target)
     x = np.ones((4, 3), "float32")
@@ -124,6 +125,7 @@ def test_results_outlive_the_session(tmp_path: Path, build: Build, target: str) 
     assert np.array_equal(left.numpy(), x)
 
 
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("precision", gpu_models.BOUNDS)
 def test_a_graph_changes_nothing(tmp_path: Path, build: Build, target: str, precision: str) -> None:
     model = gpu_models.conv_net(tmp_path / "m.onnx", precision)
@@ -139,6 +141,7 @@ def test_a_graph_changes_nothing(tmp_path: Path, build: Build, target: str, prec
         assert gpu_models.error(binding.outputs["y"], wanted) <= gpu_models.BOUNDS[precision]
 
 
+@pytest.mark.usefixtures("gpu")
 def test_graphs_in_many_threads(tmp_path: Path, build: Build, target: str) -> None:
     session = build(save_model(tmp_path / "r.onnx", RELU), target, cuda_graph=True)
     wrong: list[object] = []
@@ -216,6 +219,7 @@ def test_an_engine_for_another_gpu_is_told(tmp_path: Path, target: str) -> None:
         runtimes.backend(target).load(other)
 
 
+@pytest.mark.usefixtures("gpu")
 def test_a_device_that_is_not_there(tmp_path: Path, target: str) -> None:
     with pytest.raises(runtimes.TargetUnavailable, match="there is no GPU 99"):
         runtimes.compile(save_model(tmp_path / "r.onnx", RELU), f"{target}:99", tmp_path / "c")
@@ -248,3 +252,45 @@ def test_nodes_on_the_cpu_are_named(tmp_path: Path, build: Build, target: str) -
     assert "here (Det)" in session.info["on_cpu"]
     with pytest.raises(runtimes.CompileFailed, match=r"here \(Det\)"):
         build(model, target, graph_level="disabled", cpu_nodes=False)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_compiled_kernels_are_there_for_the_next_session(tmp_path: Path, build: Build, target: str) -> None:
+    if target != "tensorrt-rtx":
+        pytest.skip(f"{target}: compiles no kernels while it runs")
+    model = gpu_models.conv_net(tmp_path / "m.onnx", "fp16")
+    compiled = runtimes.compile(model, target, tmp_path / "c", options=compile_options(target, model))
+    backend = runtimes.backend(target)
+    x, found = gpu_models.images(2), []
+    for _ in range(2):
+        with backend.load(compiled) as session:
+            found.append((session.info["kernels"], session.run({"x": x})["y"]))
+    assert found[0][0].startswith("no kernels in the cache yet")
+    assert found[1][0].endswith("bytes of compiled kernels from the cache")
+    assert np.array_equal(found[0][1], found[1][1])
+    with backend.load(compiled, options=backend.options_type(kernel_cache=False)) as session:
+        assert session.info["kernels"] == "not kept"
+        assert np.array_equal(session.run({"x": x})["y"], found[0][1])
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("precision", gpu_models.BOUNDS)
+def test_an_engine_can_be_looked_into(tmp_path: Path, target: str, precision: str) -> None:
+    if not target.startswith("tensorrt"):
+        pytest.skip(f"{target}: has no engines")
+    for module in ("polygraphy", "onnx_ir", "rich"):
+        pytest.importorskip(module, reason=f"engine_debug: {module} is not installed")
+    from toolchain.engine_debug import debug_engine
+
+    model = gpu_models.conv_net(tmp_path / "m.onnx", precision)
+    options = compile_options(target, model, layer_information=True)
+    compiled = runtimes.compile(model, target, tmp_path / "c", options=options)
+    found = debug_engine(compiled, [{"x": gpu_models.images(2)}], layers=True)
+    assert [one.tensor for one in found.outputs] == ["y"]
+    assert {"c1", "c2", "y"} <= {one.tensor for one in found.tensors}
+    assert max(one.nmse for one in (*found.outputs, *found.tensors)) <= gpu_models.BOUNDS[precision]
+    if target == "tensorrt":
+        assert found.layers
+        assert all(layer.kind for layer in found.layers)
+    else:
+        assert "layers are not shown" in found.remarks[0]
