@@ -131,7 +131,12 @@ class PruneChannels(Pass):
         prepare(model)
         apply(model, cut)
         EliminateDeadCode()(model)
-        written = {"asked": self._asked(), "dense": dense, "blocks": sorted(gone | set(cut.blocks))}
+        written = {
+            "asked": self._asked(),
+            "dense": dense,
+            "blocks": sorted(gone | set(cut.blocks)),
+            "cut": record.get("cut", {}) | _in_dense(cut, record, dense),
+        }
         model.metadata_props[RECORD] = json.dumps(written, sort_keys=True)
         return Outcome(model, True, fired=cut.count, declined=declined)
 
@@ -158,6 +163,23 @@ class PruneChannels(Pass):
         """The excluded layers that would be cut: one that is kept anyway may be named all the same."""
         kept = {label(layer.node) for layer in analysis.graph.layers} - {n for g in groups for n in g.layers}
         return tuple(name for name in self.exclude if name not in kept)
+
+
+def cut_of(model: ir.Model) -> Cut:
+    """What all runs together took from a model, in channels of the model as it was before the first of them."""
+    record = read_record(model)
+    cut = {name: tuple(channels) for name, channels in record.get("cut", {}).items()}
+    return Cut(cut, tuple(record.get("blocks", ())))
+
+
+def _in_dense(cut: Cut, record: dict[str, Any], dense: dict[str, int]) -> dict[str, list[int]]:
+    """The channels of a cut, and those that went before, counted as before any cut."""
+    result = {}
+    for name, channels in cut.channels.items():
+        before = set(record.get("cut", {}).get(name, ()))
+        left = [channel for channel in range(dense[name]) if channel not in before]
+        result[name] = sorted(before | {left[channel] for channel in channels})
+    return result
 
 
 def prepare(model: ir.Model) -> bool:
