@@ -259,6 +259,20 @@ def provider_options(options: OrtCudaOptions, ordinal: int) -> list[tuple[str, d
     return asked
 
 
+def nvidia_folders(site: Path) -> list[Path]:
+    """Where NVIDIA's packages keep libraries, as far as ONNX Runtime does not look there by itself.
+
+    It looks in the folder that it is installed in, and where torch brought CUDA, in torch. On a machine where it was
+    unpacked beside what was there, as on one without a registry, torch's packages are somewhere else on the path.
+
+    Args:
+        site: the folder that holds ONNX Runtime's package.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    roots = [Path(root) for root in (spec.submodule_search_locations or () if spec else ())]
+    return [folder for root in roots if root.parent != site for folder in sorted(root.glob("*/lib"))]
+
+
 @functools.cache
 def library_missing(provider: str) -> str | None:
     """Why the library of a provider of ONNX Runtime does not load, in one line; None where it does.
@@ -273,6 +287,8 @@ def library_missing(provider: str) -> str | None:
     # CUDA and cuDNN from their own packages or the system; what it prints, the load below says better.
     with contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()
+        for folder in nvidia_folders(Path(onnxruntime.__file__).parent.parent):
+            onnxruntime.preload_dlls(directory=str(folder))
     if provider == "tensorrt" and importlib.util.find_spec("tensorrt"):
         # Loads the libraries that the provider is linked against.
         with contextlib.suppress(ImportError, OSError, RuntimeError):

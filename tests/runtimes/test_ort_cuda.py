@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +278,19 @@ def test_options_are_in_no_way_lost() -> None:
         value = changed.get(field.name, not field.default)
         other = dataclasses.replace(plain, **{field.name: value})
         assert ort_cuda.provider_options(other, 0) != ort_cuda.provider_options(plain, 0), field.name
+
+
+def test_cuda_is_found_wherever_its_packages_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside ONNX Runtime it looks by itself; an unpacked one has torch's packages elsewhere on the path."""
+    unpacked, system = tmp_path / "unpacked", tmp_path / "system"
+    for folder in (unpacked / "nvidia/cudnn/lib", system / "nvidia/cu13/lib", system / "nvidia/cudnn/lib"):
+        folder.mkdir(parents=True)
+    (system / "nvidia/cu13/include").mkdir()
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.setattr(sys, "path", [str(unpacked), str(system)])
+    importlib.invalidate_caches()
+    assert ort_cuda.nvidia_folders(unpacked) == [system / "nvidia/cu13/lib", system / "nvidia/cudnn/lib"]
+    assert ort_cuda.nvidia_folders(system) == [unpacked / "nvidia/cudnn/lib"]
+    monkeypatch.setattr(sys, "path", [])
+    importlib.invalidate_caches()
+    assert ort_cuda.nvidia_folders(unpacked) == []
