@@ -8,7 +8,8 @@ The writer is ``toolchain/artifact.py``; what both agree on is this::
          "components": {"model": {"variants": {                  best first: ONNX Runtime goes by order too
              "ort-cpu-fp32": {
                  "variant_directory": "ort-cpu-fp32",
-                 "ep": "CPUExecutionProvider", "device": "cpu",  neither where ONNX Runtime cannot run it
+                 "ep": "CPUExecutionProvider",                   and "device": "gpu" where it is one; neither
+                                                                 where ONNX Runtime cannot run it
                  "executor_info": {
                      "ort": {"model_file": "model.onnx", "session_options": {}},
                      "toolchain": {"target": "ort-cpu", "precision": "fp32",

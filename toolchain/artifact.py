@@ -132,7 +132,11 @@ def _variant_entry(variant: Variant) -> dict[str, Any]:
     if backend.execution_provider is not None:
         # ONNX Runtime's own slot: any program on ONNX Runtime can open the portable form.
         executor_info["ort"] = {"model_file": compiled.model_file, "session_options": {}}
-        entry |= {"ep": backend.execution_provider, "device": backend.device_class}
+        entry["ep"] = backend.execution_provider
+        if backend.device_class != "cpu":
+            # A program that names no provider gets the CPU's without a device, and ONNX Runtime 1.31 would find that
+            # none matches; a variant that asks for no device goes with every one of its provider.
+            entry["device"] = backend.device_class
     return entry
 
 
