@@ -18,7 +18,7 @@ import onnx_ir as ir
 from passes import _channel_blocks
 from passes._channel_graph import ChannelGraph, Editor
 from passes._channel_groups import Analysis, analyze
-from passes._graph import constant
+from passes._graph import constant, set_constant
 from passes.base import PassFailed
 
 
@@ -58,7 +58,7 @@ def apply(model: ir.Model, cut: Cut) -> None:
 
     tensors, sizes = _cut_values(graph, keep)
     for value, data in tensors:
-        _set_constant(value, data)
+        set_constant(value, data)
     editor = Editor(model, keep)
     for rewrite in (*graph.rewrites, *graph.shapes):
         rewrite(editor)
@@ -90,7 +90,7 @@ def masked(model: ir.Model, cut: Cut) -> ir.Model:
                 data = changed[value] = tensor.numpy().copy()
             data[(slice(None),) * axis + (gone,)] = 0
     for value, data in changed.items():
-        _set_constant(value, data)
+        set_constant(value, data)
     return copy
 
 
@@ -140,17 +140,3 @@ def _cut_values(
             shape = [int(kept[axis].sum()) if axis in kept else size for axis, size in enumerate(value.shape)]
             sizes.append((value, ir.Shape(shape)))
     return tensors, sizes
-
-
-def _set_constant(value: ir.Value, data: np.ndarray) -> None:
-    """Gives an initializer or a Constant node another tensor."""
-    old = constant(value)
-    assert old is not None
-    tensor = ir.Tensor(data, dtype=old.dtype, name=value.name)
-    node = value.producer()
-    if node is None:
-        value.const_value = tensor
-    else:
-        node.attributes.clear()
-        node.attributes.add(ir.AttrTensor("value", tensor))
-    value.shape = ir.Shape(data.shape)

@@ -253,6 +253,20 @@ def new_constant(scope: Scope, data: np.ndarray, name: str, *, before: ir.Node) 
     return value
 
 
+def set_constant(value: ir.Value, data: np.ndarray) -> None:
+    """Gives an initializer or a Constant node another tensor."""
+    old = constant(value)
+    assert old is not None
+    tensor = ir.Tensor(data, dtype=old.dtype, name=value.name)
+    node = value.producer()
+    if node is None:
+        value.const_value = tensor
+    else:
+        node.attributes.clear()
+        node.attributes.add(ir.AttrTensor("value", tensor))
+    value.shape = ir.Shape(data.shape)
+
+
 def set_inputs(node: ir.Node, inputs: Sequence[ir.Value | None]) -> None:
     """Gives the node these inputs, however many it had."""
     node.resize_inputs(len(inputs))
