@@ -253,8 +253,10 @@ EDITS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: files(m).update({"manifest.json": files(m)["recipe.yaml"]}), "cannot list itself"),
     *(
         (lambda m, p=path: files(m).update({p: files(m)["recipe.yaml"]}), "not a plain relative POSIX path")
-        for path in ("../x", "/etc/passwd", "a/../b", "./a", "a//b", "a/", "a\\b", "C:x", "a\nb", "", "a\0", "\ud800")
+        for path in ("../x", "/etc/passwd", "a/../b", "./a", "a//b", "a/", "a\\b", "C:x", "a\nb", "", "a\0")
     ),
+    (lambda m: files(m).update({"\ud800": files(m)["recipe.yaml"]}), "half of a surrogate pair"),
+    (lambda m: m.update(package_name="a\udfff"), "package_name: has half of a surrogate pair"),
     (lambda m: body(m).update(variant_directory="/etc"), "not a plain relative POSIX path"),
     (lambda m: body(m).update(variant_directory=".."), "not a plain relative POSIX path"),
     (lambda m: body(m).update(extra=1), "variant 'first': has the unknown key 'extra'"),
@@ -477,3 +479,10 @@ def test_the_writer_of_these_tests_lists_everything(root: Path) -> None:
     assert json.loads((root / "manifest.json").read_text()) == manifest_of(
         root, {"first": variant_body("first"), "second": variant_body("second", target="reference")}
     )
+
+
+def test_a_manifest_that_is_a_folder(root: Path) -> None:
+    (root / "manifest.json").unlink()
+    (root / "manifest.json").mkdir()
+    with pytest.raises(runtimes.InvalidArtifact, match="not a plain file"):
+        read_package(root)
