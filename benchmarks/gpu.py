@@ -1,10 +1,12 @@
 """Latency on an NVIDIA GPU: ORT CUDA through us against raw, TensorRT and TensorRT-RTX against ORT CUDA.
 
-    python benchmarks/gpu.py [FILE.onnx ...] [--batch-sizes 1,32] [--seconds 5] [--prepare FOLDER]
+    python benchmarks/gpu.py [FILE.onnx ...] [--targets ort-cuda,tensorrt,tensorrt-rtx] [--batch-sizes 1,32]
+                             [--seconds 5] [--prepare FOLDER]
 
 Files are float32, float16 or INT8 (TensorRT's dialect) graphs with one image-like input; with none, a small
 convolutional network is made in all three precisions. ``--prepare FOLDER`` needs no GPU: it writes the files of
-ResNet-50 and EfficientNet-Lite0, to be carried to a machine that has a GPU and little else.
+ResNet-50 and EfficientNet-Lite0, to be carried to a machine that has a GPU and little else. ``--targets ort-cpu`` needs
+none either: it tries the loop, and its numbers are those of a processor.
 
 All sides of one row run in one process, in an order that is drawn anew every round; each runs a few times in its turn,
 so that clocks and neighbours disturb all alike. Sides::
@@ -17,7 +19,8 @@ so that clocks and neighbours disturb all alike. Sides::
     graph          ``bind`` with a recorded CUDA graph
     kernels        TensorRT alone: from CUDA events around the enqueued engine, as ``trtexec`` reports GPU time
 
-Reported are p50 and p99 in milliseconds; p99 from 662 samples on (MLPerf's rule), else "-". The last line is JSON.
+Reported are p50 and p99 in milliseconds; p99 from 662 samples on (MLPerf's rule), else "-". "to raw" is the median
+over that of onnxruntime itself, numpy in and out, which is measured where its target is. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -106,12 +109,16 @@ def on_device(feeds: dict[str, np.ndarray]) -> dict[str, Any]:
     return placed
 
 
-def raw_sides(case: Subject) -> Iterator[tuple[str, Timed]]:
+def raw_sides(case: Subject, target: str) -> Iterator[tuple[str, Timed]]:
     """onnxruntime without us, with the same provider options."""
     import onnxruntime
 
     from runtimes import ort_cuda
 
+    if target == "ort-cpu":
+        session = onnxruntime.InferenceSession(str(case.file), providers=["CPUExecutionProvider"])
+        yield "raw", timed(lambda: session.run(None, case.feeds))
+        return
     if reason := ort_cuda.library_missing("cuda"):
         raise runtimes.TargetUnavailable(reason)
     session = onnxruntime.InferenceSession(
@@ -140,9 +147,11 @@ def our_sides(case: Subject, target: str, folder: Path) -> Iterator[tuple[str, T
     compiled = runtimes.compile(case.file, target, folder, options=options or None)
     backend = runtimes.backend(target)
     session = backend.load(compiled, options=backend.options_type(**options))
-    placed = on_device(case.feeds)
     yield "host", timed(lambda: session.run(case.feeds))
     yield "bind", timed(filled(session, case).run)
+    if backend.device_class != "gpu":
+        return
+    placed = on_device(case.feeds)
     yield "device", timed(lambda: session.run(placed, outputs="device"))
     try:
         recorded = backend.load(compiled, options=backend.options_type(**options, cuda_graph=True))
@@ -195,24 +204,26 @@ def measure(sides: dict[str, Timed], seconds: float) -> dict[str, list[float]]:
     return times
 
 
-def rows(file: Path, batch: int, largest: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """One row for each side of each target that runs here."""
+def unavailable(target: str) -> str | None:
+    """Why a target does not run here; None where it does."""
+    state = runtimes.backend(target).can_run(runtimes.Target(target))
+    return None if state.available else f"{target}: {state.reason}"
+
+
+def rows(file: Path, batch: int, largest: int, seconds: float, targets: list[str]) -> Iterator[dict[str, Any]]:
+    """One row for each side of each target."""
     case = subject(file, batch, largest)
     with tempfile.TemporaryDirectory() as temporary:
         sides: dict[str, Timed] = {}
-        for target in TARGETS:
-            state = runtimes.backend(target).can_run(runtimes.Target(target))
-            if not state.available:
-                print(f"{target}: {state.reason}", file=sys.stderr)
-                continue
+        for target in targets:
             try:
-                if target == "ort-cuda":
-                    sides |= {f"{target} {name}": run for name, run in raw_sides(case)}
+                if target.startswith("ort-"):
+                    sides |= {f"{target} {name}": run for name, run in raw_sides(case, target)}
                 sides |= {f"{target} {name}": run for name, run in our_sides(case, target, Path(temporary) / target)}
             except runtimes.Error as error:
                 print(f"{file.stem} on {target}: {error.what}", file=sys.stderr)
         times = measure(sides, seconds) if sides else {}
-    raw = float(np.median(times["ort-cuda raw"])) if "ort-cuda raw" in times else None
+    raw = next((float(np.median(samples)) for name, samples in times.items() if name.endswith(" raw")), None)
     for name, samples in times.items():
         p50 = float(np.median(samples))
         yield {
@@ -222,7 +233,7 @@ def rows(file: Path, batch: int, largest: int, seconds: float) -> Iterator[dict[
             "p50_ms": round(p50, 4),
             "p99_ms": round(float(np.percentile(samples, 99)), 4) if len(samples) >= _P99 else None,
             "samples": len(samples),
-            "to_raw_ort_cuda": round(p50 / raw, 3) if raw else None,
+            "to_raw": round(p50 / raw, 3) if raw else None,
         }
 
 
@@ -265,6 +276,7 @@ def main() -> None:
     """Prints a table and a line of JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--batch-sizes", default="1,32")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each side")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER")
@@ -272,17 +284,21 @@ def main() -> None:
     if arguments.prepare:
         prepare(arguments.prepare)
         return
-    if reason := driver().reason:
-        sys.exit(f"nothing to measure: {reason}")
+    reasons = {target: unavailable(target) for target in arguments.targets.split(",")}
+    for reason in filter(None, reasons.values()):
+        print(reason, file=sys.stderr)
+    targets = [target for target, reason in reasons.items() if reason is None]
+    if not targets:
+        sys.exit("nothing to measure: no target runs here")
     sizes = [int(size) for size in arguments.batch_sizes.split(",")]
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         for file in arguments.files or small_models(Path(temporary)):
             for batch in sizes:
-                for row in rows(file, batch, max(sizes), arguments.seconds):
+                for row in rows(file, batch, max(sizes), arguments.seconds, targets):
                     found.append(row)
                     p99 = "-" if row["p99_ms"] is None else f"{row['p99_ms']:.3f}"
-                    ratio = "-" if row["to_raw_ort_cuda"] is None else f"{row['to_raw_ort_cuda']:.3f}"
+                    ratio = "-" if row["to_raw"] is None else f"{row['to_raw']:.3f}"
                     print(
                         f"{row['model']:<28} {batch:>4} {row['side']:<22} p50 {row['p50_ms']:>9.3f}  p99 {p99:>9}"
                         f"  to raw {ratio:>7}  n {row['samples']}",
@@ -291,9 +307,9 @@ def main() -> None:
     state = driver()
     about = {
         "date": datetime.date.today().isoformat(),
-        "gpu": state.gpus[0].name,
+        "gpu": state.gpus[0].name if state.gpus else None,
         "driver_cuda": "{}.{}".format(*state.cuda) if state.cuda else None,
-        "versions": {name: runtimes.backend(name).probe().version for name in TARGETS},
+        "versions": {name: runtimes.backend(name).probe().version for name in targets},
         "cuda_package": _cuda.package(),
     }
     print(json.dumps({"benchmark": "gpu", **about, "rows": found}))

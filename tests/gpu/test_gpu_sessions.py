@@ -11,7 +11,7 @@ from typing import Any
 import gpu_models
 import numpy as np
 import pytest
-from gpu_support import Build, compile_options
+from gpu_support import Build, compile_options, require_modules
 
 import runtimes
 from runtimes import _cuda
@@ -278,8 +278,7 @@ def test_compiled_kernels_are_there_for_the_next_session(tmp_path: Path, build: 
 def test_an_engine_can_be_looked_into(tmp_path: Path, target: str, precision: str) -> None:
     if not target.startswith("tensorrt"):
         pytest.skip(f"{target}: has no engines")
-    for module in ("polygraphy", "onnx_ir", "rich"):
-        pytest.importorskip(module, reason=f"engine_debug: {module} is not installed")
+    require_modules("engine_debug", "polygraphy", "onnx_ir", "onnxscript", "rich")
     from toolchain.engine_debug import debug_engine
 
     model = gpu_models.conv_net(tmp_path / "m.onnx", precision)

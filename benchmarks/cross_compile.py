@@ -1,7 +1,7 @@
 """What cross-compiling costs: time to an engine and its size, per GPU and precision, without a GPU.
 
-    python benchmarks/tensorrt.py [--models resnet50 efficientnet_lite0] [--targets tensorrt-rtx:sm86 ...]
-                                  [--rounds 5] [--graphs FOLDER] [--json out.json]
+    python benchmarks/cross_compile.py [--models resnet50 efficientnet_lite0] [--targets tensorrt-rtx:sm86 ...]
+                                       [--rounds 5] [--graphs FOLDER] [--json out.json]
 
 Weights and ranges are drawn: neither time nor size depends on them. Every round builds each engine once, one after the
 other, so that what disturbs the machine disturbs all; the first round is not counted. "raw" is TensorRT's own parser
@@ -147,7 +147,7 @@ def main() -> int:
             f"{row['model']:<20}{row['target']:<26}{row['precision']:<10}{row['seconds']:>9.2f}{row['fastest']:>9.2f}"
             f"{row['over_raw']:>7.2f}{row['bytes'] / 1e6:>9.1f}{row['size_over_fp32']:>8.2f}"
         )
-    result = {"benchmark": "tensorrt", "tensorrt_rtx": str(trt.__version__), "rounds": options.rounds, "rows": rows}
+    result = {"benchmark": "cross_compile", "tensorrt_rtx": str(trt.__version__), "rounds": options.rounds, "rows": rows}
     print(json.dumps(result))
     if options.json:
         options.json.write_text(json.dumps(result))
