@@ -49,11 +49,14 @@ test: check
 	$(BIN)/python -m pytest -q
 
 # Not in .venv: onnxruntime-gpu and onnxruntime install the same module, and GPU machines come with their own CUDA.
+# PYTHONPATH may name the folder into which packages were unpacked.
+ON_GPU := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
+
 test-gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -q -rs -o addopts= tests/gpu
+	$(ON_GPU) -m pytest -q -rs -o addopts= tests/gpu
 
 bench-gpu:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
+	$(ON_GPU) benchmarks/gpu.py
 
 check: lint types
 
