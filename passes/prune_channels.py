@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -131,13 +131,7 @@ class PruneChannels(Pass):
         prepare(model)
         apply(model, cut)
         EliminateDeadCode()(model)
-        written = {
-            "asked": self._asked(),
-            "dense": dense,
-            "blocks": sorted(gone | set(cut.blocks)),
-            "cut": record.get("cut", {}) | _in_dense(cut, record, dense),
-        }
-        model.metadata_props[RECORD] = json.dumps(written, sort_keys=True)
+        remember(model, cut, asked=self._asked(), dense=dense)
         return Outcome(model, True, fired=cut.count, declined=declined)
 
     def _asked(self) -> dict[str, Any]:
@@ -165,6 +159,24 @@ class PruneChannels(Pass):
         return tuple(name for name in self.exclude if name not in kept)
 
 
+def remember(model: ir.Model, cut: Cut, *, asked: Mapping[str, Any], dense: Mapping[str, int]) -> None:
+    """Notes in a model what was taken from it, for ``read_record``, ``cut_of`` and the next run.
+
+    Args:
+        cut: in channels of the model as it was before this cut.
+        asked: what decided how much goes.
+        dense: for each group how many channels it had before any cut.
+    """
+    record = read_record(model)
+    written = {
+        "asked": asked,
+        "dense": dense,
+        "blocks": sorted({*record.get("blocks", ()), *cut.blocks}),
+        "cut": record.get("cut", {}) | _in_dense(cut, record, dense),
+    }
+    model.metadata_props[RECORD] = json.dumps(written, sort_keys=True)
+
+
 def cut_of(model: ir.Model) -> Cut:
     """What all runs together took from a model, in channels of the model as it was before the first of them."""
     record = read_record(model)
@@ -172,7 +184,7 @@ def cut_of(model: ir.Model) -> Cut:
     return Cut(cut, tuple(record.get("blocks", ())))
 
 
-def _in_dense(cut: Cut, record: dict[str, Any], dense: dict[str, int]) -> dict[str, list[int]]:
+def _in_dense(cut: Cut, record: Mapping[str, Any], dense: Mapping[str, int]) -> dict[str, list[int]]:
     """The channels of a cut, and those that went before, counted as before any cut."""
     result = {}
     for name, channels in cut.channels.items():
@@ -237,7 +249,7 @@ def _nothing(declined: Sequence[Declined]) -> PassFailed:
 
 
 def read_record(model: ir.Model) -> dict[str, Any]:
-    """What an earlier run wrote; empty where there was none, or somebody wrote something else."""
+    """What an earlier run noted, see ``remember``; empty where there was none, or somebody wrote something else."""
     try:
         record = json.loads(model.metadata_props.get(RECORD, "{}"))
     except ValueError:

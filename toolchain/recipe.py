@@ -7,6 +7,7 @@ wrong types are refused with the line they stand on.
 from __future__ import annotations
 
 import difflib
+import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ import pydantic
 import yaml
 
 import passes
-from runtimes import Error, Target
+from runtimes import Error, InvalidInput, Target
 from toolchain.errors import RecipeError
 from toolchain.storage import reported
 
@@ -65,6 +66,84 @@ class Data(_Section):
     calibration: str | None = None
     calibration_limit: Annotated[int, pydantic.Field(ge=1)] | None = 512
     batch_size: Annotated[int, pydantic.Field(ge=1)] = 25
+
+
+#: What prune's aims are, of which one is given.
+AIMS = ("ratio", "target_macs", "target_latency", "max_drop", "pattern", "masks")
+_Share = Annotated[float, pydantic.Field(gt=0, lt=1)]
+#: By method: the aims that it has, what its ``importance`` and its ``scope`` may be, and which keys it does not take.
+_PRUNING: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "channels": (
+        ("ratio", "target_macs", "target_latency", "max_drop"),
+        ("auto", "l1", "l2", "batch-norm", "activation", "random"),
+        ("auto", "layer", "global"),
+        (),
+    ),
+    "weights": (
+        ("ratio", "pattern", "masks"),
+        ("auto", "l1", "l2", "wanda", "random"),
+        ("auto", "layer", "channel", "global"),
+        ("round_to", "min_channels"),
+    ),
+    "low-rank": (("ratio",), ("auto", "activation"), ("auto",), ("round_to", "min_channels")),
+}
+
+
+class Prune(_Section):
+    """What is cut from the graph before it is calibrated and lowered, and how far.
+
+    ``ratio`` is how much goes: of each layer's channels, of the weights, of each layer's multiply-accumulates.
+    """
+
+    method: Literal["channels", "weights", "low-rank"] = "channels"
+    ratio: _Share | None = None
+    target_macs: _Share | None = None
+    target_latency: _Share | None = None
+    max_drop: Annotated[float, pydantic.Field(ge=0)] | None = None
+    pattern: Annotated[str, pydantic.Field(pattern=r"^\d{1,3}:\d{1,3}$")] | None = None
+    masks: str | None = None
+    importance: Literal["auto", "l1", "l2", "batch-norm", "activation", "wanda", "random"] = "auto"
+    scope: Literal["auto", "layer", "channel", "global"] = "auto"
+    round_to: Annotated[int, pydantic.Field(ge=1)] | None = None
+    min_channels: Annotated[int, pydantic.Field(ge=1)] = 1
+    exclude: list[str] = []
+    reconstruct: Literal["auto"] | bool = "auto"
+
+    @pydantic.model_validator(mode="after")
+    def _agrees(self) -> Prune:
+        aims, importances, scopes, foreign = _PRUNING[self.method]
+        given = [name for name in AIMS if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = f"{' and '.join(given)} exclude each other" if given else "how much is to be cut?"
+            raise InvalidInput(said, hint=f"method {self.method} takes one of: {', '.join(aims)}")
+        if given[0] not in aims:
+            raise InvalidInput(f"method {self.method} knows no {given[0]}", hint=f"it takes one of: {', '.join(aims)}")
+        for key, allowed in (("importance", importances), ("scope", scopes)):
+            if getattr(self, key) not in allowed:
+                raise InvalidInput(
+                    f"method {self.method} knows no {key} {getattr(self, key)}", hint=f"wanted: {', '.join(allowed)}"
+                )
+        if self.method == "channels" and self.scope != "auto" and self.ratio is None:
+            raise InvalidInput(
+                f"{given[0]} is spread over the layers by what each loses: scope says nothing then",
+                hint="leave scope out, or give ratio",
+            )
+        if self.method == "weights" and self.ratio is None and self.scope != "auto":
+            raise InvalidInput(f"{given[0]} says by itself which weights compete", hint="leave scope out")
+        if self.masks is not None and self.importance != "auto":
+            raise InvalidInput("masks say by themselves which weights go", hint="leave importance out")
+        defaults = type(self).model_fields
+        for key in foreign:
+            if getattr(self, key) != defaults[key].default:
+                raise InvalidInput(f"method {self.method} knows no {key}", hint="leave it out")
+        if self.reconstruct is True and self.method == "low-rank":
+            raise InvalidInput("low-rank is not reconstructed: with data it keeps what matters to the outputs")
+        return self
+
+    @property
+    def aim(self) -> tuple[str, float | str]:
+        """The one aim that is given, and its value."""
+        return next((name, value) for name in AIMS if (value := getattr(self, name)) is not None)
 
 
 class Quantize(_Section):
@@ -130,6 +209,7 @@ class Recipe(_Section):
     export: Export = Export()
     passes: Literal["default"] | list[PassStep] = "default"
     data: Data = Data()
+    prune: Prune | None = None
     quantize: Quantize = Quantize()
     verify: Verify = Verify()
     benchmark: Benchmark = Benchmark()
@@ -152,6 +232,22 @@ class Recipe(_Section):
             raise ValueError("a target is listed twice")
         return value
 
+    @pydantic.model_validator(mode="after")
+    def _pruning_has_data(self) -> Recipe:
+        prune, data = self.prune, self.data
+        if prune is None:
+            return self
+        needs = [
+            f"{key} {value}"
+            for key, value in (("importance", prune.importance), ("reconstruct", prune.reconstruct))
+            if value in ("activation", "wanda", True)
+        ]
+        if needs and data.calibration is None:
+            raise InvalidInput(f"prune: {needs[0]} needs samples", hint="set data.calibration")
+        if prune.max_drop is not None and data.calibration is None and data.evaluation is None:
+            raise InvalidInput("prune: max_drop needs samples to judge on", hint="set data.evaluation")
+        return self
+
     def pipeline(self) -> tuple[PassStep, ...]:
         """The passes in order, with ``default`` spelled out."""
         if self.passes == "default":
@@ -171,6 +267,7 @@ class Recipe(_Section):
                         "calibration": _without_folder(self.data.calibration),
                     }
                 ),
+                "prune": self.prune and self.prune.model_copy(update={"masks": _without_folder(self.prune.masks)}),
                 "quantize": self.quantize.model_copy(
                     update={"calibration": _without_folder(self.quantize.calibration)}
                 ),
@@ -300,12 +397,10 @@ def _section_at(place: tuple[Any, ...]) -> type[pydantic.BaseModel]:
     section: type[pydantic.BaseModel] = Recipe
     for part in place:
         field = section.model_fields.get(part) if isinstance(part, str) else None
-        if (
-            field is not None
-            and isinstance(field.annotation, type)
-            and issubclass(field.annotation, pydantic.BaseModel)
-        ):
-            section = field.annotation
+        kinds = typing.get_args(field.annotation) or (field.annotation,) if field is not None else ()
+        models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)]
+        if models:  # `prune` is a section or nothing
+            section = models[0]
         elif isinstance(part, int):
             section = PassStep
     return section
@@ -367,6 +462,14 @@ data:
   calibration: null
   calibration_limit: 512
   batch_size: 25
+
+# Pruning, before calibration; null cuts nothing. Channels go, with all that depends on them, and every runtime is
+# faster for it; recovered by least squares on data.calibration. One aim: ratio (0.3: three channels of ten),
+# target_macs and target_latency (0.5: half is left), max_drop (the most that may be lost). method weights sets single
+# weights to zero (ratio, pattern 2:4, masks), which makes files smaller and no dense runtime faster;
+# low-rank replaces layers by two smaller ones (ratio). With exclude, importance, scope, round_to, min_channels
+prune: null
+# prune: {{method: channels, target_macs: 0.5}}
 
 quantize:
   # A file from `toolchain calibrate` in place of data.calibration
