@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -59,6 +60,8 @@ def test_the_toolchain_commands_run(workplace: Path) -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("toolchain ")]
     assert len(lines) >= 9
     for line in lines:
+        if "tensorrt-rtx" in line and importlib.util.find_spec("tensorrt_rtx") is None:
+            continue  # an extra that make installs and a bare environment need not have
         command, _, target = line.split("#")[0].partition(">")
         words = shlex.split(command)[1:]
         if words[0] == "bench":
