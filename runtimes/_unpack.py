@@ -4,6 +4,7 @@ A bundle is a ustar archive, plain (``.tar``), in gzip (``.tar.gz``) or in Zstan
 left, so that the same artifact gives the same bytes and a reader need not interpret anything::
 
     manifest.json      of the artifact: the name, size and SHA-256 of every file
+    manifest.sha256    of that, as sha256sum writes it: so that no byte of a bundle can be damaged unnoticed
     manifest.sig       an OpenSSF model signature over all of them, where it is signed
     …                  every file of the manifest, and nothing else, in the order of their names
 
@@ -36,6 +37,7 @@ from runtimes._versions import sync_folder, write_through
 from runtimes.base import InvalidArtifact
 
 MANIFEST = "manifest.json"
+CHECKSUM = "manifest.sha256"
 SIGNATURE = "manifest.sig"
 BLOCK = 512
 #: What stands behind the last entry.
@@ -113,6 +115,11 @@ def header(name: str, size: int) -> bytes:
         raise InvalidArtifact(f"a bundle has no room for the name {name!r}", hint="shorten it") from None
 
 
+def checksum(manifest: bytes) -> bytes:
+    """The content of the entry behind the manifest."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
+
+
 def check_files(files: Mapping[str, FileEntry], where: str, *, limits: Limits) -> int:
     """Holds the files of a manifest against what may be unpacked on any system. Returns their bytes together.
 
@@ -139,8 +146,8 @@ def check_files(files: Mapping[str, FileEntry], where: str, *, limits: Limits) -
             raise InvalidArtifact(f"the bundle unpacks to more than {limits.total >> 30} GiB", where=where)
     if len(seen) < len(files) or seen & folders:
         raise InvalidArtifact("names in the bundle differ in case only, or a file is a folder too", where=where)
-    if seen & {MANIFEST, SIGNATURE}:
-        raise InvalidArtifact("the bundle lists its own manifest or signature as a file", where=where)
+    if seen & {MANIFEST, CHECKSUM, SIGNATURE}:
+        raise InvalidArtifact("the bundle lists its own manifest, checksum or signature as a file", where=where)
     return total
 
 
@@ -168,8 +175,11 @@ class BundleReader:
         self._source = _source(file, where, limits.ratio)
         self._pending = self._exactly(BLOCK)
         self.manifest = self._whole(MANIFEST, limits.manifest)
-        self.signature: bytes | None = None
         self._pending = self._exactly(BLOCK)
+        if self._whole(CHECKSUM, BLOCK) != checksum(self.manifest):
+            raise InvalidArtifact("the manifest is damaged: its SHA-256 is another", where=where, hint="copy it again")
+        self._pending = self._exactly(BLOCK)
+        self.signature: bytes | None = None
         if _name(self._pending) == SIGNATURE:
             self.signature = self._whole(SIGNATURE, limits.signature)
             self._pending = self._exactly(BLOCK)
@@ -216,7 +226,7 @@ class BundleReader:
         if _name(self._pending) != name or size is None:
             raise self._unexpected(name, None)
         if size > most:
-            raise InvalidArtifact(f"{name} is larger than {most >> 20} MiB", where=self.where)
+            raise InvalidArtifact(f"{name} is larger than {most:,} bytes", where=self.where)
         if self._pending != header(name, size):
             raise self._unexpected(name, size)
         content = self._exactly(size)

@@ -13,7 +13,8 @@ A version is made in a hidden folder and put in its place by one rename; the poi
 any moment ``latest`` leads to a whole version, and who loads meanwhile gets the one before or the new one.
 
 Versions above ``latest`` are not in service: they were rolled back from, or an install was cut off just before it
-switched. The next install that succeeds removes them. A number is not given twice while its folder is there.
+switched. The next install removes them once its own version has passed the self-test, so that no rollback leads there,
+and goes on counting behind them.
 """
 
 from __future__ import annotations
@@ -116,14 +117,22 @@ def working_folder(root: Path) -> Iterator[Path]:
         _remove(path)
 
 
-def add(root: Path, folder: Path, signature: bytes | None) -> int:
-    """Gives a finished working folder the next number. Returns it. It is not in service yet."""
-    number = max(installed(root), default=0) + 1
+def add(root: Path, folder: Path, signature: bytes | None) -> tuple[int, list[int]]:
+    """Gives a finished working folder the next number, and removes the versions that are above the one in service.
+
+    Returns:
+        The number, which is not in service yet, and those that were removed.
+    """
+    numbers = installed(root)
+    number = max(numbers, default=0) + 1
+    serving = current(root) or 0
+    withdrawn = [one for one in numbers if one > serving]
+    _retire(root, withdrawn)
     if signature is not None:
         write_through(root / f"{number}.sig", [signature])
     folder.rename(root / str(number))
     sync_folder(root)
-    return number
+    return number, withdrawn
 
 
 def switch(root: Path, number: int) -> None:
@@ -136,20 +145,20 @@ def switch(root: Path, number: int) -> None:
 
 
 def prune(root: Path, *, keep: int) -> list[int]:
-    """Removes what is above the version in service, and the oldest below it until ``keep`` are left. Returns which."""
-    serving = current(root)
-    if serving is None:
-        return []
+    """Removes the oldest versions until ``keep`` are left. Returns which."""
     numbers = installed(root)
-    below = [number for number in numbers if number <= serving]
-    gone = [*below[: max(len(below) - keep, 0)], *(number for number in numbers if number > serving)]
-    for number in gone:
+    gone = numbers[: max(len(numbers) - keep, 0)]
+    _retire(root, gone)
+    return gone
+
+
+def _retire(root: Path, numbers: Iterable[int]) -> None:
+    for number in numbers:
         # Out of sight first: a numbered folder is whole for as long as it is there.
         hidden = root / f"{_REMOVING}{os.urandom(6).hex()}"
         (root / str(number)).rename(hidden)
         _remove(hidden)
         _remove(root / f"{number}.sig")
-    return gone
 
 
 def write_through(path: Path, pieces: Iterable[bytes]) -> None:

@@ -310,9 +310,9 @@ def _into_service(
             f"the new version was not put into service: {error.what}", where=str(root), hint=error.hint
         ) from None
     digest = read_package(folder).digest
-    number = _versions.add(root, folder, signature)
+    number, withdrawn = _versions.add(root, folder, signature)
     _versions.switch(root, number)
-    removed = tuple(_versions.prune(root, keep=keep))
+    removed = (*withdrawn, *_versions.prune(root, keep=keep))
     return Installed(root, number, name, digest, who, tested, removed)
 
 

@@ -8,7 +8,7 @@ built on the device (``to_compile``), and a bill of materials (``sbom.py``). Eve
 comes from is carried over: source, weights and their digest, recipe, machine, packages.
 
 ``runtimes/_unpack.py`` draws the format. The same artifact gives the same bytes with the same versions of this
-toolchain, of the compressor and, where there is ORT format, of ONNX Runtime; a signature is random in itself.
+toolchain and of the compressor; ORT format has its own word on that, and a signature is random in itself.
 
 Files are read once: each is packed while its digest is computed, and compared with the manifest at its end.
 """
@@ -32,6 +32,7 @@ import runtimes
 from runtimes._digests import FileEntry
 from runtimes._unpack import (
     BLOCK,
+    CHECKSUM,
     END,
     GZIP_START,
     MANIFEST,
@@ -39,6 +40,7 @@ from runtimes._unpack import (
     ZSTD_WINDOW_LOG,
     Limits,
     check_files,
+    checksum,
     header,
     zstd,
 )
@@ -231,10 +233,16 @@ def _add_ort_format(
 ) -> str:
     """Adds a variant in ORT format, last: who can read ONNX takes that. Returns ONNX Runtime's version."""
     name = f"{source.name}-ort"
-    package.verify(package.needed(source, source.model_file))
+    needed = package.needed(source, source.model_file)
+    package.verify(needed)
     made = folder / name
     made.mkdir()
-    version = ort_format.write_ort_format(package.root / source.directory / source.model_file, made, arm=platform.arm)
+    version = ort_format.write_ort_format(
+        package.root / source.directory / source.model_file,
+        made,
+        digests={file: package.files[file].sha256 for file in needed},
+        arm=platform.arm,
+    )
     for file in (ort_format.MODEL, ort_format.CONFIG):
         relative = f"{name}/{file}"
         places[relative] = made / file
@@ -277,9 +285,10 @@ def _write(output: Path, content: _Content, signature: bytes | None) -> int:
     with reported(output, output.name):
         try:
             with open(working, "xb", buffering=0) as file, _packer(file, output.name) as packer:
-                _pack(packer, MANIFEST, iter([content.manifest]), len(content.manifest))
+                _pack_bytes(packer, MANIFEST, content.manifest)
+                _pack_bytes(packer, CHECKSUM, checksum(content.manifest))
                 if signature is not None:
-                    _pack(packer, SIGNATURE, iter([signature]), len(signature))
+                    _pack_bytes(packer, SIGNATURE, signature)
                 for name, entry in sorted(content.files.items()):
                     _pack(packer, name, _read(content.places[name], name, entry), entry.size)
                 packer.write(END)
@@ -288,6 +297,10 @@ def _write(output: Path, content: _Content, signature: bytes | None) -> int:
         finally:
             working.unlink(missing_ok=True)
     return size
+
+
+def _pack_bytes(packer: _Packer, name: str, content: bytes) -> None:
+    _pack(packer, name, iter([content]), len(content))
 
 
 def _pack(packer: _Packer, name: str, pieces: Iterator[bytes | memoryview], size: int) -> None:

@@ -7,6 +7,9 @@ Both come from the converter inside the onnxruntime wheel.
 The file is bound to the version of ONNX Runtime that wrote it: that version and later ones read it, and a reduced build
 has to be of the same version, because a later one may want an operator in another version. So the variant says which.
 
+ONNX Runtime writes the tables of its flatbuffer in the order of addresses in memory, so two runs give files that mean
+the same and differ. The first is kept in the cache and used again: on one machine, the same model gives the same bytes.
+
 ONNX Runtime holds the model in memory while it converts it; it does so in a process of its own. A flatbuffer ends at
 2 GB, and so does the format.
 
@@ -15,25 +18,34 @@ See https://onnxruntime.ai/docs/performance/model-optimizations/ort-format-model
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import runtimes
 from toolchain import child
+from toolchain.cache import Cache, digest_of
+from toolchain.errors import StorageError
 
 MODEL = "model.ort"
 CONFIG = "required_operators.config"
+_STAGE = "ort-format"
 _MOST = (2 << 30) - (1 << 20)
 
 
-def write_ort_format(model: Path, directory: Path, *, arm: bool) -> str:
-    """Writes MODEL and CONFIG into a folder that exists.
+def write_ort_format(
+    model: Path, directory: Path, *, digests: Mapping[str, str], arm: bool, cache: Cache | None = None
+) -> str:
+    """Writes MODEL and CONFIG into a folder that exists, from the cache where this was done before.
 
     Args:
         model: a sound ONNX file.
         directory: where to write.
-        arm: for ARM processors; else for x86.
+        digests: the SHA-256 of it and of its external data, by name.
+        arm: for ARM processors; else for any x86.
+        cache: where results are kept; the user's where None.
 
     Returns:
         The version of ONNX Runtime that the result is bound to.
@@ -47,13 +59,36 @@ def write_ort_format(model: Path, directory: Path, *, arm: bool) -> str:
         raise runtimes.TargetUnavailable(
             f"ORT format needs onnxruntime: {state.reason}", hint=f"run: {state.remedy}; or leave it out"
         )
+    cache = cache or Cache()
+    key = digest_of({"digests": dict(digests), "onnxruntime": state.version, "arm": arm, "converter": 1})
+    with cache.reading(_STAGE, key) as kept:
+        if kept is None:
+            with cache.writing(_STAGE, key) as empty:
+                _convert(model, empty, arm=arm)
+            cache.evict()
+        else:
+            _copy(kept, directory)
+            return state.version
+    with cache.reading(_STAGE, key) as kept:
+        if kept is None:
+            raise StorageError("the cache does not keep what is written to it", where=str(cache.root))
+        _copy(kept, directory)
+    return state.version
+
+
+def _copy(kept: Path, directory: Path) -> None:
+    for name in (MODEL, CONFIG):
+        shutil.copyfile(kept / name, directory / name)
+
+
+def _convert(model: Path, directory: Path, *, arm: bool) -> None:
     size = sum(file.stat().st_size for file in model.parent.glob("model.onnx*"))
     if size > _MOST:
         raise runtimes.CompileFailed(
             f"the model has {size / 1e9:.1f} GB, and ORT format ends at 2 GB", where=str(model), hint="leave it out"
         )
     done = subprocess.run(
-        child.command("toolchain.ort_format", str(model), str(directory), "arm" if arm else "amd64"),
+        child.command("toolchain.ort_format", str(model), str(directory), *(["arm"] if arm else [])),
         capture_output=True,
         text=True,
         errors="replace",
@@ -66,11 +101,13 @@ def write_ort_format(model: Path, directory: Path, *, arm: bool) -> str:
             where=str(model),
             hint="leave it out",
         )
-    return state.version
 
 
-def main(model: str, directory: str, platform: str) -> None:
-    """The child: converts, and gives the files the names that we use."""
+def main(model: str, directory: str, platform: str | None = None) -> None:
+    """The child: converts, and gives the files the names that we use.
+
+    Without a platform the converter leaves out the layouts (NCHWc) that only some x86 processors have.
+    """
     import tempfile
 
     from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
