@@ -20,6 +20,8 @@ from toolchain.storage import replacing_directory, reported
 
 #: Where the exported model lies in an artifact.
 EXPORTED = "export/model.onnx"
+#: Where the pruned float graph lies that the variants were made of, in an artifact of a model that was pruned.
+PRUNED = "pruned/model.onnx"
 #: Where the ranges are that its INT8 variants were made with.
 CALIBRATION = "calibration.json"
 
@@ -71,6 +73,7 @@ def write_artifact(
     version: str,
     variants: Sequence[Variant],
     exported: Path,
+    pruned: Path | None = None,
     texts: Mapping[str, str | bytes],
     metadata: Mapping[str, Any],
 ) -> None:
@@ -82,6 +85,7 @@ def write_artifact(
         version: the package's version.
         variants: best first: who loads takes the first that runs there.
         exported: the folder of the exported model, ``model.onnx`` and any external data.
+        pruned: the folder of the pruned float graph, alike; None where nothing was cut.
         texts: further files by relative path (the recipe, the reports), as text or as bytes.
         metadata: our own data, readable as ``Package.metadata``.
 
@@ -92,6 +96,8 @@ def write_artifact(
     with replacing_directory(destination, "the artifact") as root:
         copies = [pair for variant in variants for pair in _files(variant.compiled.directory, root / variant.name)]
         copies += _files(exported, root / Path(EXPORTED).parent, only="model.onnx*")
+        if pruned is not None:
+            copies += _files(pruned, root / Path(PRUNED).parent, only="model.onnx*")
         # Copying and hashing both leave the interpreter: two threads are nearly twice as fast as one.
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             hashed = list(pool.map(_copy_hashing, *zip(*copies, strict=True)))

@@ -80,6 +80,7 @@ def build(
             passes=from_json(tuple[PassReport, ...], json.loads((line.optimized / "passes.json").read_text())),
             variants=tuple(measured for _, measured in found),
             stages=tuple(line.stages),
+            prune=line.prune_report,
         )
         on_status("packing")
         _pack(line, report, [variant for variant, _ in found])
@@ -202,6 +203,7 @@ def _pack(line: Line, report: BuildReport, variants: list[Variant]) -> None:
         "preprocessing": meta.preprocessing.to_json() if meta.preprocessing else None,
         "labels": list(meta.labels) if meta.labels else None,
         "recipe": recipe.model_dump(),
+        "prune": to_json(report.prune),
         "passes": [{"name": p.name, "changed": p.changed} for p in report.passes],
         "fidelity": _by_name(report, lambda v: to_json(v.fidelity)),
         "accuracy": _by_name(report, lambda v: to_json(v.accuracy)),
@@ -228,6 +230,7 @@ def _pack(line: Line, report: BuildReport, variants: list[Variant]) -> None:
         version="1",
         variants=variants,
         exported=line.exported,
+        pruned=line.float_folder if line.pruned else None,
         texts=texts,
         metadata=metadata,
     )

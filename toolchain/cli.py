@@ -17,6 +17,7 @@ from toolchain.cli_bundle import bundling
 from toolchain.cli_calibrate import calibrating
 from toolchain.cli_debug import debugging
 from toolchain.cli_look import looking
+from toolchain.cli_prune import pruning
 from toolchain.errors import RecipeError
 from toolchain.render import bench_section, comparison_table, decibels, percent, show, table
 
@@ -393,6 +394,7 @@ def bench(
 
 
 # Those that only look come after those that make something.
+app.registered_commands += pruning.registered_commands
 app.registered_commands += bundling.registered_commands + calibrating.registered_commands + looking.registered_commands
 app.registered_groups += looking.registered_groups + debugging.registered_groups
 

@@ -79,7 +79,7 @@ def calibrate(
         dataset = open_dataset(
             data,
             inputs=input_specs(graph),
-            preprocessing=_preprocessing(preprocessing) if preprocessing else spec,
+            preprocessing=preprocessing_of(preprocessing) if preprocessing else spec,
             limit=limit,
             batch_size=batch_size,
         )
@@ -140,7 +140,8 @@ def _model(path: Path) -> tuple[Path, ImagePreprocessing | None]:
     return path / variant.directory / str(variant.model_file), ImagePreprocessing.from_json(tree) if tree else None
 
 
-def _preprocessing(text: str) -> ImagePreprocessing:
+def preprocessing_of(text: str) -> ImagePreprocessing:
+    """The preprocessing that a zoo name or a .json file stands for. Raises DataError."""
     if text in ZOO:
         known = ZOO[text].preprocessing
         if known is None:

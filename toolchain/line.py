@@ -25,6 +25,7 @@ import runtimes
 from passes._quant import Calibration
 from toolchain import calibration_file, models, targets
 from toolchain.artifact import check_destination
+from toolchain.bounds import float_bound
 from toolchain.cache import Cache, digest_of
 from toolchain.calibration import calibrate
 from toolchain.data import Dataset, open_dataset
@@ -35,9 +36,13 @@ from toolchain.machine import cpu_model, package_versions, usable_cores
 from toolchain.onnx_file import write_onnx
 from toolchain.optimize import optimize
 from toolchain.progress import Status
+from toolchain.prune_account import Given, PruneReport
+from toolchain.pruning import prune
 from toolchain.recipe import Recipe
-from toolchain.report import StageReport, dumps
+from toolchain.report import StageReport, dumps, from_json
+from toolchain.samples import Batch
 from toolchain.seeded import seeded_inputs
+from toolchain.verify import compare, require
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,12 +104,31 @@ class Line:
         return digest_of({"stage": "optimize", "export": self.export_key, "steps": steps, "once": once})
 
     @functools.cached_property
+    def float_key(self) -> str:
+        """Of the float graph that is calibrated and lowered: the optimised one, or what pruning made of it."""
+        asked = self.recipe.prune
+        if asked is None:
+            return self.optimize_key
+        datasets = [None if d is None else d.fingerprint() for d in (self.judged_on, self.calibration_data)]
+        ground: dict[str, object] = {
+            "stage": "prune",
+            "graph": self.optimize_key,
+            "prune": asked.model_dump(),
+            "data": datasets,
+        }
+        ground |= {"masks": _digest_of_file(asked.masks, "the masks"), "seed": self.recipe.seed}
+        ground |= {"dims": self.recipe.dims, "verify": self.recipe.verify.model_dump()}
+        if asked.target_latency is not None:
+            ground |= {"targets": [str(target) for target in self.targets], "machine": [cpu_model(), usable_cores()]}
+        return digest_of(ground)
+
+    @functools.cached_property
     def build_key(self) -> str:
         """Covers all that the artifact says."""
         datasets = [None if d is None else d.fingerprint() for d in (self.evaluation, self.calibration_data)]
         return digest_of(
             {
-                "optimized": self.optimize_key,
+                "float": self.float_key,
                 "recipe": self.recipe.model_dump(),
                 "targets": [str(target) for target in self.targets],
                 "data": datasets,
@@ -116,13 +140,7 @@ class Line:
     @functools.cached_property
     def calibration_file_digest(self) -> str | None:
         """SHA-256 of the calibration file that the recipe names."""
-        name = self.recipe.quantize.calibration
-        if name is None:
-            return None
-        try:
-            return hashlib.sha256(Path(name).read_bytes()).hexdigest()
-        except OSError as error:
-            raise DataError(f"cannot read the calibration: {error.strerror}", where=name) from error
+        return _digest_of_file(self.recipe.quantize.calibration, "the calibration")
 
     # The stages.
 
@@ -193,12 +211,54 @@ class Line:
         (working / "passes.json").write_text(dumps(reports), encoding="utf-8")
 
     @functools.cached_property
+    def float_folder(self) -> Path:
+        """The folder of the float graph that is calibrated and lowered."""
+        return self.optimized if self.recipe.prune is None else self.stage("prune", self.float_key, self._prune)
+
+    def _prune(self, working: Path) -> None:
+        asked = self.recipe.prune
+        assert asked is not None
+        # From here on artifacts are compared with the pruned graph: this is where the passes are held to the export.
+        self.on_status("prune: comparing the optimised graph with the exported model")
+        with reference_session(self.optimized / "model.onnx") as session:
+            bound = self.recipe.verify.max_nmse
+            bound = float_bound(self.exported_model) if bound is None else bound
+            fidelity = compare(self._outputs_of(self.exported), session, self.samples, bound=bound, inputs="")
+        require(fidelity, self.exported_model, self.optimized_model, self.samples[0], where="the optimised graph")
+        judged = self.judged_on
+        here = (target for target in self.targets if targets.cannot_run(target) is None)
+        given = Given(
+            calibration=self.calibration_data or (),
+            judged=[Batch(feeds, None) for feeds in self.samples] if judged is None else list(judged),
+            data="seeded random inputs" if judged is None else judged.name,
+            dims=self.recipe.dims,
+            target=next(here, runtimes.Target("ort-cpu")),
+            seed=self.recipe.seed,
+            on_status=self.on_status,
+        )
+        model, report = prune(self.optimized_model, asked, given)
+        write_onnx(model, working / "model.onnx")
+        (working / "prune.json").write_text(dumps(report), encoding="utf-8")
+
+    @functools.cached_property
+    def prune_report(self) -> PruneReport | None:
+        """What was cut; None where nothing was asked for."""
+        if self.recipe.prune is None:
+            return None
+        return from_json(PruneReport, json.loads((self.float_folder / "prune.json").read_text(encoding="utf-8")))
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the float graph is another function than the exported model."""
+        return self.prune_report is not None and self.prune_report.changed
+
+    @functools.cached_property
     def calibration(self) -> Calibration:
-        """The ranges of the optimised graph: from the recipe's file, or measured on its calibration data."""
+        """The ranges of the float graph: from the recipe's file, or measured on its calibration data."""
         options = self.recipe.quantize
         if options.calibration is not None:
             found = calibration_file.read(Path(options.calibration))
-            calibration_file.require_match(found, self.optimized_model, where=options.calibration)
+            calibration_file.require_match(found, self.float_model, where=options.calibration)
             return found
         data = self.calibration_data
         if data is None:
@@ -207,7 +267,7 @@ class Line:
                 hint="--data FOLDER, or --calibration FILE from toolchain calibrate",
             )
         key = digest_of(
-            {"graph": self.optimize_key, "data": data.fingerprint(), "method": options.method, "at": options.percentile}
+            {"graph": self.float_key, "data": data.fingerprint(), "method": options.method, "at": options.percentile}
         )
         return calibration_file.read(self.stage("calibrate", key, self._calibrate) / "calibration.json")
 
@@ -221,7 +281,7 @@ class Line:
 
         options = self.recipe.quantize
         found = calibrate(
-            self.optimized / "model.onnx",  # the path, not the graph: its weights are in memory once then
+            self.float_folder / "model.onnx",  # the path, not the graph: its weights are in memory once then
             (batch.inputs for batch in data),
             method=options.method,
             percentile=options.percentile,
@@ -246,6 +306,16 @@ class Line:
     def optimized_model(self) -> ir.Model:
         """The optimised graph."""
         return ir.load(self.optimized / "model.onnx")
+
+    @functools.cached_property
+    def float_model(self) -> ir.Model:
+        """The float graph that is calibrated and lowered."""
+        return self.optimized_model if self.recipe.prune is None else ir.load(self.float_folder / "model.onnx")
+
+    @property
+    def reference_model(self) -> ir.Model:
+        """What an artifact is to compute: the exported graph or, where it was pruned, the pruned one."""
+        return self.float_model if self.pruned else self.exported_model
 
     @functools.cached_property
     def evaluation(self) -> Dataset | None:
@@ -288,9 +358,12 @@ class Line:
 
     @functools.cached_property
     def reference_outputs(self) -> list[Feeds]:
-        """What the exported model gives on ``samples``, unoptimised."""
-        self.on_status("verify: running the exported model unoptimised")
-        with reference_session(self.exported / "model.onnx") as session:
+        """What ``reference_model`` gives on ``samples``, unoptimised."""
+        self.on_status("verify: running the reference unoptimised")
+        return self._outputs_of(self.float_folder if self.pruned else self.exported)
+
+    def _outputs_of(self, folder: Path) -> list[Feeds]:
+        with reference_session(folder / "model.onnx") as session:
             return run_made_up(session, self.samples) if self.evaluation is None else [*map(session.run, self.samples)]
 
 
@@ -300,6 +373,16 @@ def _identity(data: str | None) -> list[str | int] | None:
         return None
     path = Path(data.rpartition(":")[0] or data) if ".py:" in data else Path(data)
     return [os.path.abspath(path), path.stat().st_mtime_ns if path.exists() else 0]
+
+
+def _digest_of_file(name: str | None, what: str) -> str | None:
+    """SHA-256 of a file that the recipe names, if it does. Raises DataError."""
+    if name is None:
+        return None
+    try:
+        return hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {what}: {error.strerror}", where=name) from error
 
 
 @functools.cache

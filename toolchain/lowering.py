@@ -1,4 +1,4 @@
-"""What each target compiles: the optimised graph as it is, or what becomes of it at a precision. Stages of the line."""
+"""What each target compiles: the optimised or pruned graph as it is, or what becomes of it at a precision. Stages."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ def lower(line: Line, target: runtimes.Target, precision: str) -> Lowered:
         FidelityError: INT8 cannot meet the budget.
     """
     if precision == "fp32":
-        plain = Lowered(precision, line.optimize_key, line.optimized, None)
+        plain = Lowered(precision, line.float_key, line.float_folder, None)
         if target.runtime not in TUNED:
             return plain
-        key = digest_of({"graph": line.optimize_key, "tuned for": target.runtime})
+        key = digest_of({"graph": line.float_key, "tuned for": target.runtime})
         folder = line.stage("lower", key, functools.partial(_tuned, line, target))
         changed = (folder / "model.onnx").exists()
         return Lowered(precision, key, folder, None) if changed else plain
     if precision in BY_PASS:
         exclude = tuple(line.recipe.quantize.exclude)
         judged_on = line.judged_on.fingerprint() if line.judged_on else None
-        key = digest_of({"graph": line.optimize_key, "precision": precision, "exclude": exclude, "on": judged_on})
+        key = digest_of({"graph": line.float_key, "precision": precision, "exclude": exclude, "on": judged_on})
         return Lowered(precision, key, line.stage("lower", key, functools.partial(_by_pass, line, precision)), None)
     # the processor too: candidates are judged on its kernels
     ranges = digest_of({"ranges": {n: dataclasses.astuple(r) for n, r in line.calibration.ranges.items()}})
     judged_on = line.judged_on.fingerprint() if line.judged_on else None
     options = line.recipe.quantize.model_dump()
     key = digest_of(
-        {"graph": line.optimize_key, "target": str(target), "ranges": ranges, "options": options}
+        {"graph": line.float_key, "target": str(target), "ranges": ranges, "options": options}
         | {"judged_on": judged_on, "cpu": cpu_model(), "seed": line.recipe.seed}
         | {"data": line.calibration_data.fingerprint() if line.calibration_data else None}
         | {"precision": precision, "return_slower": line.recipe.precision == "auto"}
@@ -67,7 +67,7 @@ def lower(line: Line, target: runtimes.Target, precision: str) -> Lowered:
 
 def _tuned(line: Line, target: runtimes.Target, working: Path) -> None:
     """Writes nothing where the target takes the optimised graph as it is."""
-    model = tuned(line.optimized_model, target)
+    model = tuned(line.float_model, target)
     if model is not None:
         write_onnx(model, working / "model.onnx")
 
@@ -76,7 +76,7 @@ def _by_pass(line: Line, precision: str, working: Path) -> None:
     exclude = tuple(line.recipe.quantize.exclude)
     if precision == "fp16":
         exclude += _beyond_half(line)
-    model, _ = lower_by_pass(line.optimized_model, precision, exclude=exclude)
+    model, _ = lower_by_pass(line.float_model, precision, exclude=exclude)
     write_onnx(model, working / "model.onnx")
 
 
@@ -84,17 +84,17 @@ def _beyond_half(line: Line) -> tuple[str, ...]:
     """The nodes whose numbers 16 bits do not hold."""
     line.on_status("fp16: looking for what overflows")
     samples = [{name: array[:1] for name, array in batch.inputs.items()} for batch in _judged_batches(line)[:4]]
-    return find_keep_list(line.optimized_model, samples).names
+    return find_keep_list(line.float_model, samples).names
 
 
 def _int8(line: Line, target: runtimes.Target, precision: str, working: Path) -> None:
     options = line.recipe.quantize
     batches = _judged_batches(line)
     half = _beyond_half(line) if precision == INT8_FP16 else None
-    with reference_session(line.optimized / "model.onnx") as reference:
+    with reference_session(line.float_folder / "model.onnx") as reference:
         judge = Judge(reference, batches, metric=options.metric)
     model, report = quantise_within_budget(
-        line.optimized_model,
+        line.float_model,
         target,
         line.calibration,
         judge,

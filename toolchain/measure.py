@@ -1,4 +1,4 @@
-"""What is done with a lowered graph: compile it, compare it with the exported model, and time it.
+"""What is done with a lowered graph: compile it, compare it with its reference, and time it.
 
 Each is a stage of the line, kept in the cache under its own key.
 """
@@ -159,7 +159,7 @@ def _fidelity(line: Line, variant: Variant, lowered: Lowered) -> Fidelity:
         )
     if not fidelity.passed:
         graph = ir.load(lowered.folder / "model.onnx")
-        require(fidelity, line.exported_model, graph, line.samples[0], where=variant.name)
+        require(fidelity, line.reference_model, graph, line.samples[0], where=variant.name)
     return fidelity
 
 

@@ -243,9 +243,12 @@ class Recipe(_Section):
             if value in ("activation", "wanda", True)
         ]
         if needs and data.calibration is None:
-            raise InvalidInput(f"prune: {needs[0]} needs samples", hint="set data.calibration")
+            raise InvalidInput(f"prune: {needs[0]} needs samples", hint="set data.calibration (--data)")
         if prune.max_drop is not None and data.calibration is None and data.evaluation is None:
-            raise InvalidInput("prune: max_drop needs samples to judge on", hint="set data.evaluation")
+            raise InvalidInput(
+                "prune: max_drop needs samples to judge on",
+                hint="set data.evaluation or data.calibration (--eval-data, --data)",
+            )
         return self
 
     def pipeline(self) -> tuple[PassStep, ...]:

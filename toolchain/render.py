@@ -12,6 +12,7 @@ from rich.text import Text
 
 from toolchain.benchmark import BenchReport, Comparison
 from toolchain.metrics import TensorError
+from toolchain.prune_account import PruneReport
 from toolchain.quantization import Int8Report
 from toolchain.report import BuildReport
 
@@ -91,9 +92,12 @@ def sections(report: BuildReport) -> list[Rows]:
         ("ONNX against PyTorch", name, f"{e.max_abs:.2g}", decibels(e), percent(e.top1_agreement))
         for name, e in report.torch_error.items()
     ]
+    if report.prune is not None:
+        found += prune_sections(report.prune)
+    against = "the pruned graph" if report.prune is not None and report.prune.changed else "ONNX"
     for variant in report.variants:
         rows += [
-            (f"{variant.name} against ONNX", name, f"{e.max_abs:.2g}", decibels(e), percent(e.top1_agreement))
+            (f"{variant.name} against {against}", name, f"{e.max_abs:.2g}", decibels(e), percent(e.top1_agreement))
             for name, e in variant.fidelity.outputs.items()
         ]
     found.append(("Fidelity", ("compared", "output", "largest error", "SQNR", "top-1 agreement"), rows))
@@ -182,6 +186,45 @@ def sections(report: BuildReport) -> list[Rows]:
     return found
 
 
+def prune_sections(report: PruneReport) -> list[Rows]:
+    """What was cut, what that saves, and what it costs."""
+    rows: list[tuple[str, ...]] = [
+        ("parameters", f"{report.parameters[0]:,}", f"{report.parameters[1]:,}", _share(report.parameters)),
+        ("multiply-accumulates", f"{report.macs[0]:,}", f"{report.macs[1]:,}", _share(report.macs)),
+    ]
+    if report.latency_ratio is not None:
+        rows.append(("latency, turn by turn", "1", f"{report.latency_ratio:.3f}", percent(report.latency_ratio)))
+    found: list[Rows] = [(f"Pruned: {report.method}, {report.asked}", ("", "before", "after", "left"), rows)]
+    if report.changed:
+        losses = [("the cut alone", _loss(report.metric, report.drop_cut))]
+        if report.recovery:
+            losses.append((f"after {' and '.join(report.recovery)}", _loss(report.metric, report.drop)))
+        found.append((f"Lost on {report.data} ({report.samples})", ("", "loss"), losses))
+    rows = [
+        (g.name, g.kind, str(g.layers), str(g.before), str(g.after), "-" if g.alone is None else f"{g.alone:.1e}")
+        for g in report.groups
+    ]
+    if rows:
+        header = ("first layer", "what", "layers", "before", "after", "half of it alone loses")
+        found.append(("Channels, by what goes together", header, rows))
+    return found
+
+
+def prune_notes(report: PruneReport) -> list[str]:
+    """What the tables of pruning do not tell."""
+    lines = [f"left whole: {each.node}: {each.reason}" for each in report.whole]
+    lines += report.remarks
+    if report.proof is not None:
+        lines.append(
+            f"the cut graph is the whole one with the weights masked that read what went: NMSE {report.proof:.1e}"
+        )
+    return lines
+
+
+def _share(pair: tuple[int, int]) -> str:
+    return percent(pair[1] / pair[0]) if pair[0] else "-"
+
+
 def bench_section(report: BenchReport, *, title: str) -> Rows:
     """One row a batch size and thread count."""
     percentiles = sorted({p for row in report.rows for p in row.percentiles_ms})
@@ -212,7 +255,7 @@ def bench_section(report: BenchReport, *, title: str) -> Rows:
 
 def notes(report: BuildReport) -> list[str]:
     """What no table says: why a benchmark row may not be quoted, what the runtime remarked, where it was measured."""
-    lines = []
+    lines = [] if report.prune is None else prune_notes(report.prune)
     for variant in report.variants:
         bench = variant.benchmark
         if variant.remark:

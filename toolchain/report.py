@@ -12,6 +12,7 @@ import pydantic
 from toolchain.benchmark import BenchReport
 from toolchain.metrics import TensorError
 from toolchain.optimize import PassReport
+from toolchain.prune_account import PruneReport
 from toolchain.quantization import Int8Report
 from toolchain.verify import Accuracy, Fidelity
 
@@ -65,6 +66,7 @@ class BuildReport:
         torch_error: for each output the error of the unoptimised ONNX against PyTorch; empty for .onnx sources.
         exported_size: bytes of the exported model.
         stages: in the order they ran.
+        prune: what was cut; None where nothing was asked for.
     """
 
     name: str
@@ -77,6 +79,7 @@ class BuildReport:
     passes: tuple[PassReport, ...]
     variants: tuple[VariantReport, ...]
     stages: tuple[StageReport, ...]
+    prune: PruneReport | None = None
 
 
 def to_json(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import runtimes
 from runtimes import InvalidModel, package
-from toolchain.artifact import EXPORTED
+from toolchain.artifact import EXPORTED, PRUNED
 from toolchain.bounds import bound as bound_of
 from toolchain.data import open_dataset
 from toolchain.errors import FidelityError
@@ -59,6 +60,9 @@ def verify_path(
 ) -> Verification:
     """Compares an artifact's variant with the exported model in it, or an .onnx with ``against``.
 
+    A model that was pruned is no longer the function that was exported: its variants are compared with the pruned
+    float graph that the artifact holds. Accuracy is compared with the exported model's in any case.
+
     Raises:
         InvalidArtifact, InvalidModel, GraphError, DataError: what is named cannot be used.
         FidelityError: the two do not have the same outputs.
@@ -67,6 +71,7 @@ def verify_path(
         raise InvalidModel("there is no such artifact or model", where=str(path), hint="check the path")
     preprocessing, labels, offset, precision = None, None, 0, "fp32"
     model_file: Path | None = path
+    graded: Path | None = None
     if path.is_dir():
         found = package.read_package(path)
         found.verify()
@@ -74,7 +79,9 @@ def verify_path(
             found, variant=variant, can_run=lambda target: runtimes.backend(target.runtime).can_run(target)
         )
         model_file = path / chosen.directory / chosen.model_file if chosen.model_file else None
-        against = against or path / EXPORTED
+        if against is None:
+            pruned = (found.metadata.get("prune") or {}).get("changed", False)
+            against, graded = path / (PRUNED if pruned else EXPORTED), path / EXPORTED
         precision = chosen.precision
         if found.metadata.get("preprocessing"):
             preprocessing = ImagePreprocessing.from_json(found.metadata["preprocessing"])
@@ -106,9 +113,12 @@ def verify_path(
         inputs = "seeded random" if dataset is None else "evaluation data"
         fidelity = compare(expected, session, feeds, bound=bound, inputs=inputs)
         if dataset is not None:
-            accuracy = measure_accuracy(
-                oracle, session, dataset, data=dataset.name, total=dataset.len_hint, on_status=on_status
-            )
+            with contextlib.ExitStack() as stack:
+                if graded is not None and graded != against:
+                    oracle = stack.enter_context(reference_session(read_onnx(graded)))
+                accuracy = measure_accuracy(
+                    oracle, session, dataset, data=dataset.name, total=dataset.len_hint, on_status=on_status
+                )
     compared: list[LayerError] = []
     if layers and model_file is not None:
         compared = compare_layers(reference, read_onnx(model_file), feeds[0])

@@ -1,0 +1,167 @@
+"""`toolchain prune`: a smaller graph from a float one, with the account of what was cut and what it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from passes.prune_weights import masks_of
+from toolchain import console
+from toolchain import recipe as recipes
+from toolchain.cli_calibrate import preprocessing_of
+from toolchain.data import Dataset, open_dataset
+from toolchain.errors import GraphError, RecipeError, StorageError
+from toolchain.evaluate import class_count, input_specs
+from toolchain.masks import write_masks
+from toolchain.onnx_file import read_onnx, write_onnx
+from toolchain.recipe import Prune, Recipe
+from toolchain.render import prune_notes, prune_sections, table
+from toolchain.samples import Batch
+from toolchain.seeded import seeded_inputs
+
+pruning = typer.Typer()
+
+#: Calibration samples, as in a recipe; and made-up ones where there are none.
+_LIMIT = 512
+_MADE_UP = 8
+
+
+@pruning.command()
+def prune(
+    model: Annotated[Path, typer.Argument(help="an .onnx file, float", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the .onnx file to write", show_default=False)],
+    ratio: Annotated[
+        float | None, typer.Option(help="how much goes: 0.3 is three channels of ten", show_default=False)
+    ] = None,
+    target_macs: Annotated[
+        float | None,
+        typer.Option(help="share of the multiply-accumulates that is left, such as 0.5", show_default=False),
+    ] = None,
+    target_latency: Annotated[
+        float | None, typer.Option(help="share of the latency on this CPU that is left", show_default=False)
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="cut as much as loses no more than this, such as 0.01", show_default=False)
+    ] = None,
+    method: Annotated[str, typer.Option(help="channels, weights (zeros, no faster), or low-rank")] = "channels",
+    pattern: Annotated[
+        str | None, typer.Option(help="for weights: N of each M stay, such as 2:4", show_default=False)
+    ] = None,
+    masks: Annotated[
+        str | None,
+        typer.Option(help="for weights: these stay; .npz, or a state dict of torch's prune", show_default=False),
+    ] = None,
+    save_masks: Annotated[
+        Path | None, typer.Option(help="also write which weights are left, as .npz", show_default=False)
+    ] = None,
+    importance: Annotated[
+        str, typer.Option(help="l1, l2, batch-norm, activation, wanda (weights), random, or auto: by the data")
+    ] = "auto",
+    scope: Annotated[
+        str, typer.Option(help="who competes with --ratio: layer, global; for weights also channel")
+    ] = "auto",
+    data: Annotated[
+        str | None,
+        typer.Option(help="samples to rank and to reconstruct on: a folder of images, .npz, ...", show_default=False),
+    ] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option("--eval-data", help="labelled samples that the loss is measured on", show_default=False),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="use this many evaluation samples", show_default="all")] = None,
+    preprocessing: Annotated[
+        str | None,
+        typer.Option(help="for images: a zoo name whose preprocessing is right, or a .json file", show_default=False),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="a layer that stays whole; may be repeated", show_default=False)
+    ] = None,
+    round_to: Annotated[
+        int | None,
+        typer.Option(help="channels that are left are a multiple of this", show_default="4, 8 or 16 by size"),
+    ] = None,
+    min_channels: Annotated[int, typer.Option(help="so many channels of a layer stay")] = 1,
+    reconstruct: Annotated[
+        bool | None,
+        typer.Option(
+            "--reconstruct/--no-reconstruct", help="fit what is left to the samples", show_default="with --data"
+        ),
+    ] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option("--dim", help="size of a symbolic dimension, such as sequence=128; repeat", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of importance random, and of made-up inputs")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="print the result as one line of JSON")] = False,
+) -> None:
+    """Cuts what matters least out of an ONNX file, and says what that saves and costs."""
+    from toolchain.pruning import Given
+    from toolchain.pruning import prune as run_prune
+
+    asked = _asked(
+        method=method, ratio=ratio, target_macs=target_macs, target_latency=target_latency, max_drop=max_drop,
+        pattern=pattern, masks=masks, importance=importance, scope=scope, exclude=exclude or [], round_to=round_to,
+        min_channels=min_channels, reconstruct="auto" if reconstruct is None else reconstruct,
+        data={"calibration": data, "evaluation": eval_data},
+    )  # fmt: skip
+    if output.resolve() == model.resolve():
+        raise StorageError("the result would replace the model", where=str(output), hint="choose another --output")
+    graph = read_onnx(model)
+    specs = input_specs(graph)
+    dims = console.parse_dims(dim)
+
+    def opened(text: str | None, most: int | None) -> Dataset | None:
+        if text is None:
+            return None
+        images = None if preprocessing is None else preprocessing_of(preprocessing)
+        return open_dataset(
+            text, inputs=specs, preprocessing=images, class_count=class_count(graph), batch_size=25, limit=most
+        )
+
+    calibration, evaluation = opened(data, _LIMIT), opened(eval_data, limit)
+    judged_on = evaluation or calibration
+    made_up = [Batch(seeded_inputs(specs, batch=1, seed=seed + i, dims=dims), None) for i in range(_MADE_UP)]
+    with console.status("prune") as on_status:
+        made, report = run_prune(
+            graph,
+            asked,
+            Given(
+                calibration=calibration or (),
+                judged=made_up if judged_on is None else list(judged_on),
+                data="seeded random inputs" if judged_on is None else judged_on.name,
+                dims=dims,
+                seed=seed,
+                on_status=on_status,
+            ),
+        )
+        if not report.changed:
+            raise GraphError(
+                report.remarks[0], where=str(model), hint="nothing was written; a larger cut goes on from here"
+            )
+        write_onnx(made, output)
+        if save_masks is not None:
+            write_masks(masks_of(made), save_masks)
+    if json:
+        console.print_json({"output": str(output), "prune": report})
+        return
+    for section in prune_sections(report):
+        console.out.print(table(section, console.out.width))
+        console.out.print(Text(""))
+    for line in prune_notes(report):
+        console.out.print(Text(line, style="dim"))
+    console.out.print(Text(f"wrote {output}"))
+
+
+def _asked(*, data: dict[str, Any], **options: Any) -> Prune:
+    """What was asked, checked as a recipe's section is. Raises RecipeError with the option."""
+    try:
+        recipe: Recipe = recipes.from_dict({"model": "-", "prune": options, "data": data}, origin="command line")
+    except RecipeError as error:
+        key = (error.where or "").rpartition(".")[2]
+        error.where = f"--{key.replace('_', '-')}" if key in Prune.model_fields else None
+        raise
+    assert recipe.prune is not None
+    return recipe.prune

@@ -1,0 +1,188 @@
+"""Pruning, from a float graph and what is asked to a smaller graph and an account of it; a stage of the line.
+
+What was cut is proved: the cut graph, before anything is recovered, gives what the whole graph gives with the weights
+masked that read the channels. From then on it is another function than the model was, on purpose, and is judged by
+what it loses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+import runtimes
+from passes._channel_cut import Cut
+from passes.base import Pass, PassFailed
+from passes.factorize_low_rank import FactorizeLowRank
+from passes.prune_weights import PruneWeights
+from toolchain.channel_pruning import cut_channels
+from toolchain.errors import DataError, GraphError
+from toolchain.judge import Judge
+from toolchain.layer_statistics import input_moments, input_norms
+from toolchain.masks import read_masks
+from toolchain.model_cost import cost_of
+from toolchain.onnx_file import temporary_onnx
+from toolchain.prune_account import Given, PruneReport
+from toolchain.recipe import Prune
+
+__all__ = ["Given", "PruneReport", "prune"]
+
+#: Remarks where nothing went.
+ALREADY = "it is pruned like this already: nothing was cut"
+TOO_LITTLE = "so little is asked that no layer loses a channel: nothing was cut"
+
+
+def prune(model: ir.Model, asked: Prune, given: Given) -> tuple[ir.Model, PruneReport]:
+    """A pruned copy of an optimised float graph, and the account of it. The model itself is not changed.
+
+    Where it is pruned like that already, it comes back as it is, and the report says so.
+
+    Raises:
+        GraphError: nothing can be cut, a layer is not there, or the aim cannot be reached.
+        DataError: samples are needed that are not there.
+        FidelityError: the cut graph does not compute what it should, or no cut keeps ``max_drop``.
+        SourceError: the masks cannot be read.
+    """
+    asked = _spelled_out(asked, given)
+    with temporary_onnx(model) as path, runtimes.load(path, target="ort-cpu") as session:
+        judge = _Counting(Judge(session, given.judged))
+    try:
+        step = _channels if asked.method == "channels" else _by_pass
+        made, report = step(model, asked, given, judge)
+    except PassFailed as error:
+        raise GraphError(str(error), where=error.node, hint=error.hint) from error
+    before, after = (cost_of(each, dims=given.dims) for each in (model, made))
+    return made, dataclasses.replace(
+        report,
+        parameters=(before.parameters, after.parameters),
+        macs=(before.macs, after.macs),
+        evaluations=judge.evaluations,
+    )
+
+
+def _spelled_out(asked: Prune, given: Given) -> Prune:
+    """With each ``auto`` decided. Raises DataError where it asks for samples and there are none."""
+    ranked = {"channels": ("activation", "l1"), "weights": ("l2", "l2"), "low-rank": ("activation", "auto")}
+    changes: dict[str, Any] = {}
+    if asked.importance == "auto":
+        changes["importance"] = ranked[asked.method][0 if given.has_calibration else 1]
+    if asked.reconstruct == "auto":
+        changes["reconstruct"] = given.has_calibration and asked.method != "low-rank"
+    asked = asked.model_copy(update=changes)
+    for key, value in (("importance", asked.importance), ("reconstruct", asked.reconstruct)):
+        if value in ("activation", "wanda", True) and not given.has_calibration:
+            raise DataError(f"{key} {value} needs samples", hint="--data FOLDER")
+    return asked
+
+
+class _Counting:
+    """Says what a graph loses, and counts how often it was asked."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self.evaluations = 0
+
+    def drop(self, model: ir.Model) -> float:
+        self.evaluations += 1
+        with temporary_onnx(model) as path, runtimes.load(path, target="ort-cpu") as session:
+            return self.judge.drop(session)
+
+
+def _report(asked: Prune, given: Given, judge: _Counting) -> PruneReport:
+    """With what is known from the start."""
+    name, value = asked.aim
+    return PruneReport(
+        method=asked.method,
+        asked=f"{name} {Path(str(value)).name}",
+        importance=asked.importance,
+        metric=judge.judge.metric,
+        data=given.data,
+        samples=judge.judge.samples,
+    )
+
+
+# Weights and low rank: a pass does it.
+
+
+def _by_pass(model: ir.Model, asked: Prune, given: Given, judge: _Counting) -> tuple[ir.Model, PruneReport]:
+    step = _pass(model, asked, given)
+    given.on_status(f"prune: {step.name}")
+    made = model.clone()
+    outcome: Any = step(made)
+    report = dataclasses.replace(_report(asked, given, judge), whole=outcome.declined, remarks=outcome.remarks)
+    if not outcome.modified:
+        if not outcome.declined:
+            raise GraphError("the model has no layer with a constant float weight: there is nothing to prune")
+        return model, dataclasses.replace(report, remarks=(ALREADY,))
+    lost = judge.drop(made)
+    recovery = _recovered(model, made, Cut(), asked, given)
+    drop = judge.drop(made) if recovery else lost
+    return made, dataclasses.replace(report, drop_cut=lost, drop=drop, recovery=recovery, changed=True)
+
+
+def _pass(model: ir.Model, asked: Prune, given: Given) -> Pass:
+    exclude = tuple(asked.exclude)
+    samples = (batch.inputs for batch in given.calibration)
+    if asked.method == "low-rank":
+        assert asked.ratio is not None
+        moments = input_moments(model, samples) if asked.importance == "activation" else None
+        return FactorizeLowRank(ratio=1 - asked.ratio, moments=moments, exclude=exclude)
+    if asked.masks is not None:
+        return PruneWeights(masks=read_masks(Path(asked.masks)), exclude=exclude)
+    return PruneWeights(
+        sparsity=asked.ratio,
+        method=asked.importance,
+        scope=None if asked.scope == "auto" else asked.scope,
+        pattern=asked.pattern,
+        norms=input_norms(model, samples) if asked.importance == "wanda" else None,
+        seed=given.seed,
+        exclude=exclude,
+    )
+
+
+def _channels(model: ir.Model, asked: Prune, given: Given, judge: _Counting) -> tuple[ir.Model, PruneReport]:
+    def lost(whole: ir.Model, made: ir.Model, cut: Cut) -> float:
+        # without training: a search would train as often as it asks
+        _recovered(whole, made, cut, asked, dataclasses.replace(given, fine_tune=None))
+        return judge.drop(made)
+
+    found = cut_channels(model, asked, given, lost)
+    report = dataclasses.replace(
+        _report(asked, given, judge),
+        groups=found.groups,
+        whole=found.declined,
+        latency_ratio=found.latency_ratio,
+        proof=found.proof,
+    )
+    made = found.model
+    if made is None:
+        return model, dataclasses.replace(report, remarks=(ALREADY if found.pruned_before else TOO_LITTLE,))
+    by_cut = judge.drop(made)
+    recovery = _recovered(found.whole, made, found.cut, asked, given)
+    drop = judge.drop(made) if recovery else by_cut
+    return made, dataclasses.replace(report, drop_cut=by_cut, drop=drop, recovery=recovery, changed=True)
+
+
+def _recovered(whole: ir.Model, made: ir.Model, cut: Cut, asked: Prune, given: Given) -> tuple[str, ...]:
+    """Wins accuracy back, in place, and says how."""
+    done = []
+    if asked.reconstruct:
+        from toolchain.reconstruct import reconstruct
+
+        reconstruct(
+            whole,
+            made,
+            (batch.inputs for batch in given.calibration),
+            cut=cut,
+            seed=given.seed,
+            on_progress=lambda layer, total: given.on_status("prune: reconstructing layers", layer / total),
+        )
+        done.append("least squares")
+    if given.fine_tune is not None:
+        given.on_status("prune: fine-tuning")
+        given.fine_tune(whole, made)
+        done.append("fine-tuning")
+    return tuple(done)
