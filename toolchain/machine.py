@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import os
 import platform
 import re
@@ -48,6 +47,8 @@ def usable_cores() -> int:
 @functools.cache
 def package_versions() -> dict[str, str]:
     """The installed versions of PACKAGES."""
+    import importlib.metadata  # 4 MB, with its email and zipfile, which who only counts cores does without
+
     found = {}
     for name in PACKAGES:
         try:
