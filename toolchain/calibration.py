@@ -51,8 +51,9 @@ if TYPE_CHECKING:
 
     from toolchain.evaluate import Feeds
 
-#: elements of all observed tensors that one run may give (32 MB in float32)
-_RUN_ELEMENTS = 8_000_000
+#: elements of all observed tensors that one run may give: as many as the weights have, so that what is held stays small
+#: beside the model, but no less than the first and no more than the second (4 and 32 MB in float32)
+_LEAST_ELEMENTS, _MOST_ELEMENTS = 1_000_000, 8_000_000
 #: pieces that wait for them: with none, a worker that is done waits for the next to be read
 _AHEAD = 2
 
@@ -155,35 +156,35 @@ def _gather(
     When it ends, in whatever way, what was run was taken in: the threads are not interrupted by Ctrl-C.
     """
     saved = time.monotonic()
-    running: collections.deque[tuple[concurrent.futures.Future[float], _Piece]] = collections.deque()
+    running: collections.deque[tuple[concurrent.futures.Future[None], _Piece]] = collections.deque()
     lock = threading.Lock()
+    most = min(_MOST_ELEMENTS, max(_LEAST_ELEMENTS, watched.weights))
+    #: elements of all that is observed, for each element that was fed: the most in any run so far
     per_element = 0.0
 
-    def take(piece: _Piece, before: concurrent.futures.Future[float] | None) -> float:
-        """Elements of all that is observed, for each element that was fed."""
+    def take(piece: _Piece, before: concurrent.futures.Future[None] | None) -> None:
+        nonlocal per_element
         values = watched.run(piece.feeds)
-        ratio = sum(value.size for value in values.values()) / max(1, _size(piece.feeds))
+        per_element = max(per_element, sum(value.size for value in values.values()) / max(1, _size(piece.feeds)))
         if before is not None:
             before.result()
         with lock:
             found.add(values, piece.count)
-        return ratio
 
     def settle() -> None:
-        nonlocal per_element
         future, piece = running.popleft()
         try:
-            per_element = max(per_element, future.result())
+            future.result()
         except NonFinite:
             _blame(watched, piece)
         on_progress(piece.first + piece.count)
 
     def step(elements: float) -> int:
         """How many samples to run at once, of so many elements each."""
-        # The first sample, run alone, shows how much comes of it.
-        while not per_element and running:
+        # The first samples, each run alone, show how much comes of one.
+        while not per_element and len(running) >= WORKERS:
             settle()
-        return max(1, int(_RUN_ELEMENTS / max(1.0, per_element * elements))) if per_element else 1
+        return max(1, int(most / max(1.0, per_element * elements))) if per_element else 1
 
     with concurrent.futures.ThreadPoolExecutor(WORKERS, "calibrate") as pool:
         for piece in _pieces(watched.session, batches, found, step):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from passes._quant import Calibration
-from toolchain.clipping import METHODS, PERCENTILE, Method, tensor_range
+from toolchain.clipping import METHODS, PERCENTILE, Method, tensor_ranges
 from toolchain.errors import CalibrationError
 from toolchain.histogram import Distribution, Histograms, joined
 from toolchain.observation import Plan
@@ -104,16 +104,12 @@ class Observed:
             raise CalibrationError(
                 "there are no samples to calibrate on", hint="give at least one; 50 to 500 are usual"
             )
-        # Freed at once: from then on glibc keeps blocks of up to this size for the next that asks. Without it each
-        # array of the search is fresh pages from the system, which takes half as long again.
-        kept = np.empty(1 << 18)
-        del kept
         found = dict(self.distributions())
-        ranges = {name: tensor_range(d, method=method, percentile=percentile) for name, d in found.items()}
         for name, parts in self.plan.joined.items():
             if all(part in found for part in parts):
-                whole = joined([(found[part], self._histograms.elements(self._index[part])) for part in parts])
-                ranges[name] = tensor_range(whole, method=method, percentile=percentile)
+                found[name] = joined([(found[part], self._histograms.elements(self._index[part])) for part in parts])
+        derived = tensor_ranges(list(found.values()), method=method, percentile=percentile)
+        ranges = dict(zip(found, derived, strict=True))
         ranges |= {name: ranges[carrier] for name, carrier in self.plan.same.items() if carrier in ranges}
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         return Calibration(self.plan.graph, self.samples, ranges, dict(self._amax), means)

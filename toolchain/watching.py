@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,16 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 
 import runtimes
 from runtimes._ort import OrtSession, make_session
 from toolchain.machine import usable_cores
 from toolchain.observation import Plan, plan
+from toolchain.onnx_proto import onnx_proto
 from toolchain.storage import reported
 from toolchain.wiring import Wiring, read_wiring, wiring_of
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
 #: runs at once, which share the cores: one run with all the cores leaves them idle between its operators, and while its
@@ -48,11 +50,13 @@ class Watched:
         session: returns it.
         fetched: for a value whose elements come in another order, the output of the session that holds them. Axis 0
             still counts the samples.
+        weights: how many elements the initializers have.
     """
 
     plan: Plan
     session: runtimes.Session
     fetched: Mapping[str, str]
+    weights: int
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every observed value by name. Raises RunFailed."""
@@ -84,7 +88,7 @@ def watch(model: ir.Model | Path, *, channels: bool = False) -> Watched:
         wiring, proto = read
         planned = plan(wiring, channels=channels)
         proto.graph.output.extend(
-            onnx.ValueInfoProto(name=name) for name in planned.outputs if name not in wiring.outputs
+            onnx_proto().ValueInfoProto(name=name) for name in planned.outputs if name not in wiring.outputs
         )
         with tempfile.TemporaryDirectory(prefix="toolchain-") as folder:
             path = Path(folder) / "model.onnx"
@@ -125,7 +129,8 @@ def _watched(path: Path, weights: Path, planned: Plan, wiring: Wiring) -> Watche
         info={},
     )
     _give_back_memory()
-    return Watched(planned, session, fetched)
+    weight_elements = sum(math.prod(weight.shape) for weight in wiring.initializers.values())
+    return Watched(planned, session, fetched, weight_elements)
 
 
 def _options(weights: Path) -> Any:
@@ -152,7 +157,7 @@ def _keep_blocks(path: Path, weights: Path, blocked: Path, planned: Plan) -> dic
         make_session(path, options, ["CPUExecutionProvider"])
     except runtimes.Error:
         return {}  # it cannot be saved; if it cannot be run either, that is said where it is loaded
-    model = onnx.load(blocked, load_external_data=False)
+    model = onnx_proto().ModelProto.FromString(blocked.read_bytes())
     graph = model.graph
     makers = {name: node for node in graph.node for name in node.output}
     fetched = {
@@ -162,7 +167,7 @@ def _keep_blocks(path: Path, weights: Path, blocked: Path, planned: Plan) -> dic
         return {}
     del graph.output[:]
     names = dict.fromkeys(fetched.get(name, name) for name in planned.outputs)
-    graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    graph.output.extend(onnx_proto().ValueInfoProto(name=name) for name in names)
     read = {name for node in _nodes(graph) for name in node.input} | set(names)
     kept = [node for node in graph.node if node.op_type != "ReorderOutput" or node.output[0] in read]
     del graph.node[:]

@@ -1,8 +1,8 @@
 """What calibration has to know of a graph, and no more: names, wiring, types, and a few elements of every constant.
 
 It comes from a model in memory or straight from a file. From a file it needs neither onnx_ir (sympy comes with that:
-45 MB and a third of a second) nor the weights in memory: the wire format is walked over a memory map, of a large
-initializer only the elements that the digest takes are read, and a runtime can map it from where it lies.
+45 MB and a third of a second), nor all of onnx, nor the weights in memory: the wire format is walked over a memory map,
+of a large initializer only the elements that the digest takes are read, and a runtime can map it from where it lies.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 
 from toolchain.errors import GraphError
+from toolchain.onnx_proto import onnx_proto
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
 #: elements of a tensor that tell it from others
@@ -32,6 +33,10 @@ _PLAIN = {
     1: "<f4", 2: "u1", 3: "i1", 4: "<u2", 5: "<i2", 6: "<i4", 7: "<i8", 9: "u1", 10: "<f2", 11: "<f8",
     12: "<u4", 13: "<u8", 16: "<u2",
 }  # fmt: skip
+#: the field of TensorProto that holds elements, where ``raw_data`` does not; else ``int32_data``, as bits if need be
+_TYPED = {1: "float_data", 7: "int64_data", 11: "double_data", 12: "uint64_data", 13: "uint64_data"}
+_BFLOAT16 = 16
+_PROTO = onnx_proto()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -267,7 +272,7 @@ class _File:
                     self._weight(first, last)
                 else:
                     graph += data[inner_tag:last]
-        found: onnx.ModelProto = onnx.ModelProto.FromString(bytes(model))
+        found: onnx.ModelProto = _PROTO.ModelProto.FromString(bytes(model))
         found.graph.MergeFromString(bytes(graph))
         return found
 
@@ -308,7 +313,7 @@ class _File:
                 header += self._data[tag:last]
             else:
                 raise _Unusual  # elements in a field of their type
-        tensor = onnx.TensorProto.FromString(bytes(header))
+        tensor = _PROTO.TensorProto.FromString(bytes(header))
         kind = _PLAIN.get(tensor.data_type)
         if raw is None or kind is None or tensor.external_data or tensor.HasField("segment"):
             raise _Unusual
@@ -318,14 +323,14 @@ class _File:
         elements = np.frombuffer(self._data, kind, count, raw[0])
         shape = tuple(tensor.dims)
         self._weights[tensor.name] = Constant(_type_name(tensor.data_type), shape, _some(elements), None)
-        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.data_location = tensor.EXTERNAL
         for key, value in (("location", self._name), ("offset", raw[0]), ("length", raw[1] - raw[0])):
             tensor.external_data.add(key=key, value=str(value))
         self._large.append(tensor)
 
     def _op(self, node: onnx.NodeProto) -> list[Op]:
         """The node, then those of its subgraphs."""
-        kinds = onnx.AttributeProto
+        kinds = _PROTO.AttributeProto
         attributes: dict[str, Any] = {}
         inner: list[Op] = []
         for attribute in node.attribute:
@@ -369,6 +374,8 @@ class _File:
         known = recorded(graph)
         if all(name in known for node in graph.node for name in node.output if name):
             return known
+        import onnx
+
         typed = onnx.ModelProto()
         typed.CopyFrom(model)
         listed = {value.name for value in graph.input}
@@ -389,7 +396,23 @@ class _File:
 def _of_proto(tensor: onnx.TensorProto) -> Constant:
     if tensor.external_data or tensor.HasField("segment"):
         raise _Unusual
-    return _constant(_type_name(tensor.data_type), onnx.numpy_helper.to_array(tensor))
+    kind = _PLAIN.get(tensor.data_type)
+    if kind is None:
+        raise _Unusual
+    if tensor.HasField("raw_data"):
+        elements = np.frombuffer(tensor.raw_data, kind)
+    elif tensor.data_type in _TYPED:
+        elements = np.array(getattr(tensor, _TYPED[tensor.data_type]), kind)
+    else:
+        bits = f"<i{np.dtype(kind).itemsize}"
+        elements = np.array(tensor.int32_data, "<i4").astype(bits).view(kind)
+    if elements.size != math.prod(tensor.dims):
+        raise _Unusual
+    found = _constant(_type_name(tensor.data_type), elements.reshape(tuple(tensor.dims)))
+    if tensor.data_type == _BFLOAT16 and elements.size == 1:
+        number = (elements.astype("<u4") << 16).view("<f4")
+        return dataclasses.replace(found, scalar=float(number[0]))
+    return found
 
 
 def _constant(dtype: str, array: np.ndarray) -> Constant:
@@ -404,7 +427,7 @@ def _some(elements: np.ndarray) -> str:
 
 
 def _type_name(number: int) -> str:
-    return str(onnx.TensorProto.DataType.Name(number))
+    return str(_PROTO.TensorProto.DataType.Name(number))
 
 
 def _text(encoded: bytes) -> str:

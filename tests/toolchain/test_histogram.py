@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import numpy as np
 import pytest
 
-from toolchain.clipping import METHODS, squared_error, tensor_range
+from passes._quant import TensorRange
+from toolchain.clipping import METHODS, PERCENTILE, Method, squared_error, tensor_ranges
 from toolchain.histogram import HALF_BINS, Distribution, Histograms, NonFinite, coprime_stride, joined, merged, share
 
 
@@ -18,6 +20,11 @@ def gathered(values: np.ndarray, pieces: int = 1) -> Distribution:
     found = histograms.distribution(0)
     assert found is not None
     return found
+
+
+def tensor_range(found: Distribution, *, method: str = "auto", percentile: float = PERCENTILE) -> TensorRange:
+    (range_,) = tensor_ranges([found], method=cast(Method, method), percentile=percentile)
+    return range_
 
 
 def draw(name: str, seed: int = 0, size: int = 60_000) -> np.ndarray:
@@ -109,7 +116,7 @@ def test_errors_are_those_of_the_quantiser_on_the_elements(kind: str) -> None:
     values = draw(kind)
     found = gathered(values)
     for method in METHODS:
-        range_ = tensor_range(found, method=method)  # type: ignore[arg-type]
+        range_ = tensor_range(found, method=method)
         asymmetric, symmetric = squared_error(found, range_)
         assert asymmetric == pytest.approx(asymmetric_error(values, range_.low, range_.high), rel=0.03)
         assert symmetric == pytest.approx(symmetric_error(values, range_.amax), rel=0.03)
@@ -186,7 +193,7 @@ def test_entropy_has_the_least_divergence_that_brute_force_finds(kind: str) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_auto_is_as_good_as_the_best_of_all(kind: str) -> None:
     found = gathered(draw(kind))
-    errors = np.array([squared_error(found, tensor_range(found, method=m)) for m in METHODS[1:]])  # type: ignore[arg-type]
+    errors = np.array([squared_error(found, tensor_range(found, method=m)) for m in METHODS[1:]])
     scores = (errors / errors.min(axis=0)).max(axis=1)
     chosen = (np.array(squared_error(found, tensor_range(found))) / errors.min(axis=0)).max()
     assert chosen <= max(1.02, scores.min()) + 1e-9
@@ -216,7 +223,7 @@ def test_the_moving_average_is_of_single_samples() -> None:
 @pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_constant_tensor_has_its_value_as_range(value: float, method: str) -> None:
-    range_ = tensor_range(gathered(np.full(1000, value)), method=method)  # type: ignore[arg-type]
+    range_ = tensor_range(gathered(np.full(1000, value)), method=method)
     assert (range_.low, range_.high, range_.amax) == (value, value, abs(value))
 
 
