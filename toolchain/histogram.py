@@ -22,6 +22,9 @@ import numpy as np
 HALF_BINS = 2048
 #: elements that wait for their bins, for each tensor: binning thousands at once costs a third of hundreds
 _WAITING = 8192
+#: a scan for an extreme of no more elements costs less than to see whether it can be spared
+_WORTH_SPARING = 20_000
+_UNBOUNDED = (-math.inf, math.inf)
 #: the narrowest width, 2^-100: below it float32 has no room for the quotient
 _LEAST_EXPONENT = -100
 #: weight of the newest sample in the moving average; the first samples are averaged evenly
@@ -104,19 +107,25 @@ class Histograms:
         Raises:
             NonFinite: NaN or infinity, in one of the tensors or in one that made it; nothing was taken in.
         """
-        picked: list[np.ndarray] = []
-        sizes: list[int] = []
+        sizes, taken = [], [0] * len(self._filled)
+        large: list[tuple[int, np.ndarray]] = []
         low, high = np.full((len(self._filled), samples), math.inf), np.full((len(self._filled), samples), -math.inf)
         for index, array in enumerate(arrays):
             rows = _rows(array, samples)
-            picked.append(self._pick(rows))
             sizes.append(rows.size)
-            if rows.size:
-                self._extremes(index, rows, picked[-1], low, high)
+            if not rows.size:
+                continue
+            picked, waits = self._pick(index, rows)
+            if waits:
+                taken[index] = picked.size
+            else:
+                large.append((index, picked))
+            self._extremes(index, rows, picked, low, high)
         if not (np.isfinite(low) | (low == math.inf)).all() or not (np.isfinite(high) | (high == -math.inf)).all():
             raise NonFinite
-        for index, values in enumerate(picked):
-            self._wait(index, values)
+        self._filled = [filled + more for filled, more in zip(self._filled, taken, strict=True)]
+        for index, values in large:
+            self._bin(index, values)
         self._elements += sizes
         np.minimum(self._minimum, low.min(axis=1), out=self._minimum)
         np.maximum(self._maximum, high.max(axis=1), out=self._maximum)
@@ -174,29 +183,42 @@ class Histograms:
             else:
                 own[...] = given
 
-    def _pick(self, rows: np.ndarray) -> np.ndarray:
-        """A copy of the elements of each row that go into the histogram, in one dimension."""
+    def _pick(self, index: int, rows: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Copies those elements of each row that go into the histogram to where they wait, if they have room there.
+
+        Returns:
+            The copy, and whether it waits. What does is not counted until ``_filled`` says so.
+        """
         size = rows.shape[1]
         stride = self._strides.get(size)
         if stride is None:
             wanted = size if self.sampled is None else share(size, self.sampled)
             stride = self._strides[size] = coprime_stride(size, wanted)
-        if stride == 1:
-            return rows.flatten()
-        # A multiplicative walk through the offsets: neighbours in time begin far apart.
-        parts = [row[(self.samples + i) * 40503 % stride :: stride] for i, row in enumerate(rows)]
-        return np.concatenate(parts) if len(parts) > 1 else parts[0].copy()
+        most = len(rows) * -(-size // stride)
+        waits = most <= _WAITING
+        if waits and self._filled[index] + most > _WAITING:
+            self._flush(index)
+        begin = end = self._filled[index] if waits else 0
+        room = self._waiting[index] if waits else np.empty(most, np.float32)
+        for i, row in enumerate(rows, self.samples):
+            # A multiplicative walk through the offsets: neighbours in time begin far apart.
+            part = row[i * 40503 % stride :: stride]
+            begun, end = end, end + part.size
+            room[begun:end] = part
+        return room[begin:end], waits
 
     def _extremes(self, index: int, rows: np.ndarray, picked: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         """Writes minimum and maximum of every row of a tensor to ``low`` and ``high``, [tensors, samples]."""
-        bounds = self._bounds.get(index)
-        if bounds is not None and len(rows) == 1 and picked.size < rows.size:
-            least, most = picked.min(), picked.max()
-            low[index] = least if least == bounds[0] else rows.min()
-            high[index] = most if most == bounds[1] else rows.max()
+        least, most = self._bounds.get(index, _UNBOUNDED)
+        spared = len(rows) == 1 and rows.size > _WORTH_SPARING
+        if spared and least > -math.inf and picked.min() == least:
+            low[index] = least
         else:
-            low[index] = rows.min(axis=1)
-            high[index] = rows.max(axis=1)
+            low[index] = np.minimum.reduce(rows, axis=1)
+        if spared and most < math.inf and picked.max() == most:
+            high[index] = most
+        else:
+            high[index] = np.maximum.reduce(rows, axis=1)
 
     def _average(self, low: np.ndarray, high: np.ndarray) -> None:
         """The moving average of Krishnamoorthi 2018 (arXiv 1806.08342), with an even average to begin with."""
@@ -205,17 +227,6 @@ class Histograms:
         weight = np.maximum(_AVERAGING, 1.0 / np.maximum(self._seen, 1))
         for mean, new in zip(self._means, (low, high), strict=True):
             np.add(mean, (new - mean) * weight, out=mean, where=there)
-
-    def _wait(self, index: int, values: np.ndarray) -> None:
-        if values.size > _WAITING:
-            self._bin(index, values)
-            return
-        filled = self._filled[index]
-        if filled + values.size > _WAITING:
-            self._flush(index)
-            filled = 0
-        self._waiting[index, filled : filled + values.size] = values
-        self._filled[index] = filled + values.size
 
     def _flush(self, index: int) -> None:
         filled = self._filled[index]
