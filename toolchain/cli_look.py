@@ -333,9 +333,9 @@ def prune_cache(
 
 @cache.command("clear")
 def clear_cache(json: Json = False) -> None:
-    """Removes every entry that no running build uses, the receipts of checked digests and OpenVINO's own cache."""
+    """Removes every entry that no running build uses, the receipts of checked digests, and what runtimes compiled."""
     store = Cache()
-    for folder in ("receipts", "openvino"):
+    for folder in ("receipts", "openvino", "kernels"):
         shutil.rmtree(store.root / folder, ignore_errors=True)
     _told(store.clear(), json)
 
