@@ -287,8 +287,8 @@ def library_missing(provider: str) -> str | None:
     # CUDA and cuDNN from their own packages or the system; what it prints, the load below says better.
     with contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()
-        for folder in nvidia_folders(Path(onnxruntime.__file__).parent.parent):
-            onnxruntime.preload_dlls(directory=str(folder))
+        for libraries in nvidia_folders(Path(onnxruntime.__file__).parent.parent):
+            onnxruntime.preload_dlls(directory=str(libraries))
     if provider == "tensorrt" and importlib.util.find_spec("tensorrt"):
         # Loads the libraries that the provider is linked against.
         with contextlib.suppress(ImportError, OSError, RuntimeError):
