@@ -131,7 +131,10 @@ def measure(name: str, requirements: list[str], wheel: Path, python: str) -> Foo
         if url.startswith("file:"):
             return package, wheel.stat().st_size, wheel_sizes(wheel.open("rb"))
         remote = Remote(url)
-        return package, remote.size, wheel_sizes(io.BufferedReader(remote, 1 << 17))
+        try:
+            return package, remote.size, wheel_sizes(io.BufferedReader(remote, 1 << 17))
+        except zipfile.BadZipFile:
+            raise SystemExit(f"{package}: {url} is no wheel") from None
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         rows = list(pool.map(sizes, found))

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <string_view>
 
@@ -36,6 +37,13 @@ const std::string& plain(const std::string& path, const std::string& where) {
   }
   if (!good) throw std::runtime_error(where + ": \"" + path.substr(0, 200) + "\" is no plain relative path");
   return path;
+}
+
+// Refuses keys that this program does not know: one of them could change what the others mean.
+const Json& only(const Json& body, std::initializer_list<std::string_view> known, const std::string& where) {
+  for (const auto& [key, value] : body.object(where))
+    if (std::find(known.begin(), known.end(), key) == known.end()) throw std::runtime_error(where + " has the unknown key \"" + key + "\"");
+  return body;
 }
 
 // Reads a plain file of at most `most` bytes, without following a link at its end.
@@ -74,7 +82,9 @@ std::string sha256(const std::string& content) {
 
 Variant read_variant(const std::string& name, const Json& body, const Artifact& artifact) {
   const std::string where = "variant " + name;
+  only(body, {"variant_directory", "ep", "device", "compatibility_string", "executor_info", "additional_metadata"}, where);
   const Json& ours = body.at("executor_info", where).at("toolchain", where + ", executor_info");
+  only(ours, {"target", "precision", "model_file", "prepared_file", "fingerprint", "session_options", "remarks"}, where);
   Variant made{name, ours.at("target", where).text(where + ".target"),
                ours.at("precision", where).text(where + ".precision"), ""};
   const Json* directory = body.find("variant_directory");
@@ -114,10 +124,12 @@ Artifact read_artifact(const fs::path& given) {
   const std::string content = read_file(path, kMaxManifest);
   try {
     const Json top = Json::parse(content);
+    only(top, {"schema_version", "package_name", "package_version", "description", "layout", "components", "shared_assets",
+               "additional_metadata"}, "the manifest");
     const std::string version = top.at("schema_version", "the manifest").text("schema_version");
-    if (version.rfind("1.", 0) != 0) throw std::runtime_error("package schema " + version + ", this program reads 1.x");
-    if (const Json* layout = top.find("layout"); layout && layout->text("layout") != "portable")
-      throw std::runtime_error("its layout is not portable");
+    const bool digits = version.size() > 2 && version.find_first_not_of("0123456789", 2) == version.npos;
+    if (version.rfind("1.", 0) != 0 || !digits) throw std::runtime_error("package schema " + version + ", this program reads 1.x");
+    if (top.at("layout", "the manifest").text("layout") != "portable") throw std::runtime_error("its layout is not portable");
     made.name = top.at("package_name", "the manifest").text("package_name");
     made.version = top.at("package_version", "the manifest").text("package_version");
     const Json& ours = top.at("additional_metadata", "the manifest").at("toolchain", "additional_metadata");
