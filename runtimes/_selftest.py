@@ -30,6 +30,8 @@ import numpy as np
 from runtimes._inputs import numpy_dtype
 from runtimes.base import Error, InvalidArtifact, RunFailed
 
+#: The metadata of an artifact that says all this.
+KEY = "selftest"
 _MAX_HEADER = 1 << 20
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
@@ -65,7 +67,7 @@ def selftest(root: Path) -> tuple[Tested, ...]:
     from runtimes.package import read_package
 
     package = read_package(root)
-    expected = package.metadata.get("selftest")
+    expected = package.metadata.get(KEY)
     where = str(package.root)
     if not isinstance(expected, dict) or type(expected.get("cases")) is not int:
         raise InvalidArtifact("the artifact has no self-test vectors", where=where, hint="build it again")

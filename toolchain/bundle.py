@@ -30,6 +30,7 @@ from typing import IO, Any, Protocol
 
 import runtimes
 from runtimes._digests import FileEntry
+from runtimes._selftest import KEY
 from runtimes._unpack import (
     BLOCK,
     CHECKSUM,
@@ -45,14 +46,16 @@ from runtimes._unpack import (
     zstd,
 )
 from runtimes.package import Package, read_package
-from toolchain import ort_format, sbom, selftest
-from toolchain.artifact import EXPORTED
+from toolchain import ort_format, sbom
 from toolchain.errors import StorageError
 from toolchain.platforms import Choice, Platform, build_options, choose, platform_named
 from toolchain.progress import Status, silent
 from toolchain.signing import SigningKey, sign
 from toolchain.storage import reported
 
+#: The exported model's folder in an artifact. Not from ``artifact.py``, which brings the whole line along: packing
+#: takes less memory than importing that.
+STAYS_BEHIND = "export/"
 #: File name ending -> how it is compressed.
 ENDINGS = (".tar.zst", ".tar.gz", ".tar")
 _ZSTD_LEVEL = 3
@@ -128,7 +131,7 @@ def bundle(
     if output.name.endswith(".zst"):
         zstd()  # whether it is here, before any work
     package = read_package(artifact)
-    if selftest.KEY not in package.metadata:
+    if KEY not in package.metadata:
         raise runtimes.InvalidArtifact(
             "the artifact has no self-test, and no install would take it", where=str(artifact), hint="build it again"
         )
@@ -166,8 +169,7 @@ def _content(
     tree = json.loads((package.root / MANIFEST).read_text(encoding="utf-8"))
     variants: dict[str, Any] = tree["components"]["model"]["variants"]
     ours: dict[str, Any] = tree["additional_metadata"]["toolchain"]
-    exported = EXPORTED.partition("/")[0] + "/"
-    files = {name: entry for name, entry in package.files.items() if not name.startswith(exported)}
+    files = {name: entry for name, entry in package.files.items() if not name.startswith(STAYS_BEHIND)}
     places: dict[str, Path] = {}
     kept: dict[str, Any] = {}
     recipes: list[dict[str, Any]] = []
@@ -266,7 +268,7 @@ def _add_ort_format(
             },
         },
     }
-    tests = ours[selftest.KEY].get("variants", {})
+    tests = ours[KEY].get("variants", {})
     if source.name in tests:
         tests[name] = dict(tests[source.name])
     return version

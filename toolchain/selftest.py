@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 
 import runtimes
-from runtimes._selftest import output_error, vectors_content
+from runtimes._selftest import KEY, output_error, vectors_content
 from toolchain.artifact import Variant
 from toolchain.bounds import FLOAT_BOUNDS, INT8_BOUND
 from toolchain.errors import DataError
 from toolchain.evaluate import reference_session
 from toolchain.seeded import seeded_inputs
 
+__all__ = ["FILE", "KEY", "SelfTest", "make_selftest"]
+
 #: Where the vectors lie in an artifact.
 FILE = "selftest.safetensors"
-#: The metadata that ``runtimes/_selftest.py`` reads.
-KEY = "selftest"
 #: One at batch 1 and one at batch 2, where the model takes that.
 _CASES = 2
 #: INT8 kernels of two processors round a sum of products alike and its scaling to a neighbour now and then.

@@ -22,6 +22,7 @@ import runtimes
 from runtimes import install as installing
 from runtimes._manifest import read_manifest
 from toolchain import bundle as bundling
+from toolchain.artifact import EXPORTED
 from toolchain.bundle import Bundled, bundle
 from toolchain.errors import StorageError
 from toolchain.platforms import PLATFORMS
@@ -307,6 +308,17 @@ def test_from_the_command_line_to_the_device_and_back(artifact: Path, tmp_path: 
         assert said in ran.stdout
     assert ran.stdout.split()[-1] == "2"
     assert "nothing is installed there" in ran.stderr
+
+
+def test_it_is_the_exported_model_that_stays_behind() -> None:
+    assert EXPORTED.startswith(bundling.STAYS_BEHIND)
+
+
+def test_packing_imports_nothing_large() -> None:
+    """Peak memory is to stay below 100 MB, and the graph libraries alone take that."""
+    code = "import sys, toolchain.bundle; print({'onnx', 'onnx_ir', 'onnxruntime', 'torch'} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ran.stdout.strip() == "set()"
 
 
 def test_every_platform_has_runtimes_that_there_are() -> None:
