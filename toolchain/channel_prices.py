@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
+from passes._channel_blocks import Block
 from passes._channel_groups import Group
 from passes._graph import constant, given, is_op
 from passes._linear import LINEAR
@@ -40,8 +41,11 @@ class _Axis:
 class _Priced:
     cost: float
     axes: tuple[_Axis, ...]
+    blocks: tuple[str, ...]
 
     def at(self, gone: Mapping[str, int]) -> float:
+        if any(gone.get(block) for block in self.blocks):
+            return 0.0
         cost = self.cost
         for axis in self.axes:
             cost *= axis.share(gone)
@@ -55,30 +59,42 @@ class Prices:
         model: the whole graph, prepared as ``passes.prune_channels.prepare`` does.
         groups: from ``find_groups``.
         costs: of its nodes by label, in any unit; nodes that are not named cost nothing.
-        blocks: whether costs rise in steps of ``BLOCK`` channels, as times do.
+        blocks: residual blocks that may go as a whole; each counts as one channel of its name.
+        stepped: whether costs rise in steps of ``BLOCK`` channels, as times do.
     """
 
     def __init__(
-        self, model: ir.Model, groups: Sequence[Group], costs: Mapping[str, float], *, blocks: bool = False
+        self,
+        model: ir.Model,
+        groups: Sequence[Group],
+        costs: Mapping[str, float],
+        *,
+        blocks: Sequence[Block] = (),
+        stepped: bool = False,
     ) -> None:
         lies: dict[tuple[str, int], list[tuple[str, int]]] = {}
         for group in groups:
             for member in group.members:
                 lies.setdefault((member.value, member.axis), []).append((group.name, member.positions.shape[1]))
         self._nodes: list[_Priced] = []
-        self._of: dict[str, list[_Priced]] = {group.name: [] for group in groups}
+        names = [group.name for group in groups] + [block.name for block in blocks]
+        self._of: dict[str, list[_Priced]] = {name: [] for name in names}
+        inside: dict[ir.Node, list[str]] = {}
+        for block in blocks:
+            for node in (block.end, *block.nodes):
+                inside.setdefault(node, []).append(block.name)
         for node in model.graph:
             cost = costs.get(label(node), 0.0)
             if not cost:
                 continue
             axes = tuple(
-                _Axis(size, tuple(lies[name, axis]), BLOCK if blocks and spatial else 1)
+                _Axis(size, tuple(lies[name, axis]), BLOCK if stepped and spatial else 1)
                 for name, axis, size, spatial in _axes(node)
                 if (name, axis) in lies
             )
-            priced = _Priced(cost, axes)
+            priced = _Priced(cost, axes, tuple(inside.get(node, ())))
             self._nodes.append(priced)
-            for name in {name for axis in axes for name, _ in axis.widths}:
+            for name in {name for axis in axes for name, _ in axis.widths} | set(priced.blocks):
                 self._of[name].append(priced)
 
     def total(self, gone: Mapping[str, int]) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from passes._channel_blocks import find_blocks
 from passes._channel_cut import Cut, masked
 from passes._channel_groups import Group, analyze
 from passes._channel_scores import importance, named
@@ -94,7 +95,10 @@ def cut_channels(
     rooms = {
         g.name: room(g, round_to=asked.round_to, min_channels=asked.min_channels, dense=dense[g.name]) for g in groups
     }
-    ground = Ground(whole, groups, scores, rooms, _some(given), given.dims, given.on_status)
+    blocks = (
+        tuple(b for b in find_blocks(whole) if not {b.name, *b.layers} & set(asked.exclude)) if asked.blocks else ()
+    )
+    ground = Ground(whole, groups, scores, rooms, blocks, _some(given), given.dims, given.on_status)
 
     def judged(gone: Mapping[str, int]) -> float:
         cut = chosen(ground, gone)

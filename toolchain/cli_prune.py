@@ -84,6 +84,9 @@ def prune(
         typer.Option(help="channels that are left are a multiple of this", show_default="4, 8 or 16 by size"),
     ] = None,
     min_channels: Annotated[int, typer.Option(help="so many channels of a layer stay")] = 1,
+    blocks: Annotated[
+        bool, typer.Option("--blocks/--no-blocks", help="whether a search may take out whole residual blocks")
+    ] = True,
     reconstruct: Annotated[
         bool | None,
         typer.Option(
@@ -104,7 +107,7 @@ def prune(
     asked = _asked(
         method=method, ratio=ratio, target_macs=target_macs, target_latency=target_latency, max_drop=max_drop,
         pattern=pattern, masks=masks, importance=importance, scope=scope, exclude=exclude or [], round_to=round_to,
-        min_channels=min_channels, reconstruct="auto" if reconstruct is None else reconstruct,
+        min_channels=min_channels, blocks=blocks, reconstruct="auto" if reconstruct is None else reconstruct,
         data={"calibration": data, "evaluation": eval_data},
     )  # fmt: skip
     if output.resolve() == model.resolve():

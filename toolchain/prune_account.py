@@ -50,6 +50,7 @@ class PruneReport:
         data: what they were measured on.
         samples: how many.
         groups: all that may be cut, in the order of the graph; empty for other methods than channels.
+        blocks: residual blocks that went as a whole, by the Add that ended them.
         whole: what was left whole, and why.
         remarks: of the pass.
         parameters, macs: before and after, at batch 1.
@@ -69,6 +70,7 @@ class PruneReport:
     data: str
     samples: int
     groups: tuple[GroupCut, ...] = ()
+    blocks: tuple[str, ...] = ()
     whole: tuple[Declined, ...] = ()
     remarks: tuple[str, ...] = ()
     parameters: tuple[int, int] = (0, 0)

@@ -23,9 +23,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 import runtimes
+from passes import _channel_blocks
+from passes._channel_blocks import Block
 from passes._channel_cut import Cut, apply
 from passes._channel_groups import Group
 from passes._channel_scores import plan
+from passes._graph import constant, set_constant
+from passes.base import label
 from passes.eliminate_dead_code import EliminateDeadCode
 from toolchain.channel_prices import Prices
 from toolchain.errors import FidelityError, GraphError
@@ -107,6 +111,7 @@ class Ground:
         groups: those that may be cut.
         scores: of their channels, float64 [count] by group; those that matter least go first.
         rooms: how far each may be cut.
+        blocks: residual blocks of ``model`` that may go as a whole.
         samples: inputs that curves are measured on, all in memory.
         dims: sizes of symbolic dimensions of made-up inputs.
         on_status: is told what is going on.
@@ -116,6 +121,7 @@ class Ground:
     groups: Sequence[Group]
     scores: Mapping[str, npt.NDArray[np.float64]]
     rooms: Mapping[str, Room]
+    blocks: Sequence[Block]
     samples: Sequence[Feeds]
     dims: Mapping[str, int]
     on_status: Status = silent
@@ -126,7 +132,7 @@ class Found:
     """How much of what goes.
 
     Attributes:
-        gone: channels of each group that go.
+        gone: channels of each group that go; 1 for a residual block that goes as a whole.
         curves: what each group loses alone; empty where the search did not ask.
         latency_ratio: measured, after over before; None where it was not asked for.
     """
@@ -174,7 +180,8 @@ def to_macs(ground: Ground, target: float) -> Found:
         GraphError: they cannot be reached.
     """
     cost = cost_of(ground.model, dims=ground.dims)
-    prices = Prices(ground.model, ground.groups, {node.node: float(node.macs or 0) for node in cost.nodes})
+    macs = {node.node: float(node.macs or 0) for node in cost.nodes}
+    prices = Prices(ground.model, ground.groups, macs, blocks=ground.blocks)
     if cost.macs <= target:
         return Found({})
     _require_reach(ground, prices, target / cost.macs, "multiply-accumulates")
@@ -196,7 +203,7 @@ def to_latency(ground: Ground, share: float, measure: Callable[[ir.Model], float
     """
     ground.on_status("prune: the time of each layer")
     times = {layer.node: layer.milliseconds for layer in layer_latency(ground.model, dims=ground.dims).layers}
-    prices = Prices(ground.model, ground.groups, times, blocks=True)
+    prices = Prices(ground.model, ground.groups, times, blocks=ground.blocks, stepped=True)
     whole = prices.total({})
     measured = curves(ground)
     wanted, found, seen = share, None, 1.0
@@ -231,7 +238,8 @@ def to_drop(ground: Ground, judge: Callable[[Mapping[str, int]], float], max_dro
         FidelityError: none does.
     """
     cost = cost_of(ground.model, dims=ground.dims)
-    prices = Prices(ground.model, ground.groups, {node.node: float(node.macs or 0) for node in cost.nodes})
+    macs = {node.node: float(node.macs or 0) for node in cost.nodes}
+    prices = Prices(ground.model, ground.groups, macs, blocks=ground.blocks)
     measured = curves(ground)
     low, high, best, least = 0.0, 1.0, None, math.inf
     for _ in range(_HALVINGS):
@@ -256,13 +264,16 @@ def to_drop(ground: Ground, judge: Callable[[Mapping[str, int]], float], max_dro
 
 
 def chosen(ground: Ground, gone: Mapping[str, int]) -> Cut:
-    """Cuts so many channels of each group, those that matter least."""
+    """Cuts so many channels of each group, those that matter least, and the blocks that go."""
+    blocks = [block for block in ground.blocks if gone.get(block.name)]
+    inside = {label(node) for block in blocks for node in block.nodes}
     channels = {}
-    for name, count in gone.items():
-        if count:
+    for group in ground.groups:
+        name, count = group.name, gone.get(group.name, 0)
+        if count and not inside.issuperset(group.layers):
             order = np.argsort(ground.scores[name], kind="stable")
             channels[name] = tuple(sorted(int(i) for i in order[:count]))
-    return Cut(channels)
+    return Cut(channels, tuple(block.name for block in blocks))
 
 
 def cut_copy(model: ir.Model, cut: Cut) -> ir.Model:
@@ -274,25 +285,48 @@ def cut_copy(model: ir.Model, cut: Cut) -> ir.Model:
 
 
 def curves(ground: Ground) -> dict[str, Curve]:
-    """Cuts each group alone and compares the outputs with the whole model's.
+    """Cuts each group alone, and each block, and compares the outputs with the whole model's.
 
     Raises:
         RunFailed: the model does not run on the samples.
     """
     whole = _outputs(ground.model, ground.samples)
     found = {}
+    total = len(ground.groups) + len(ground.blocks)
+
     for number, group in enumerate(ground.groups):
-        ground.on_status(f"prune: what {group.name} loses alone", number / len(ground.groups))
+        ground.on_status(f"prune: what {group.name} loses alone", number / total)
         room = ground.rooms[group.name]
         counts, lost = [0], [0.0]
         for ratio in RATIOS:
             gone = min(round(group.count * ratio), room.most)
             if gone > counts[-1]:
-                made = cut_copy(ground.model, chosen(ground, {group.name: gone}))
                 counts.append(gone)
+                made = _silenced(ground.model, group, chosen(ground, {group.name: gone}).channels[group.name])
                 lost.append(_worst(whole, _outputs(made, ground.samples)))
         found[group.name] = Curve(tuple(counts), tuple(lost))
+    for number, block in enumerate(ground.blocks, start=len(ground.groups)):
+        ground.on_status(f"prune: what {block.name} loses alone", number / total)
+        made = ground.model.clone()
+        for each in _channel_blocks.named(made, [block.name]):
+            _channel_blocks.drop(each)
+        found[block.name] = Curve((0, 1), (0.0, _worst(whole, _outputs(made, ground.samples))))
     return found
+
+
+def _silenced(model: ir.Model, group: Group, channels: Sequence[int]) -> ir.Model:
+    """A copy in which nothing reads these channels: what ``passes._channel_cut.masked`` makes, without its analysis."""
+    copy = model.clone()
+    values = {str(each.name): each for node in copy.graph for each in node.inputs if each is not None}
+    for member in group.members:
+        if "in" in member.roles:
+            value = values[member.value]
+            tensor = constant(value)
+            assert tensor is not None
+            data = tensor.numpy().copy()
+            data[(slice(None),) * member.axis + (member.positions[list(channels)].reshape(-1),)] = 0
+            set_constant(value, data)
+    return copy
 
 
 def _outputs(model: ir.Model, samples: Sequence[Feeds]) -> list[Feeds]:
@@ -322,7 +356,10 @@ def spend(ground: Ground, measured: Mapping[str, Curve], prices: Prices, target:
     while total > target:
         best: tuple[float, str, int, float] | None = None
         for name, curve in measured.items():
-            step, saved = _step(counts[name], gone, name, ground.rooms[name], prices)
+            if name in counts:
+                step, saved = _step(counts[name], gone, name, ground.rooms[name], prices)
+            else:  # a block
+                step, saved = 1, 0.0 if gone[name] else prices.saved(gone, name, 1)
             if saved <= 0:
                 continue
             loses = (curve.at(gone[name] + step) - curve.at(gone[name])) / saved
@@ -349,7 +386,8 @@ def _step(count: int, gone: Mapping[str, int], name: str, room: Room, prices: Pr
 
 
 def _require_reach(ground: Ground, prices: Prices, share: float, what: str) -> None:
-    least = prices.total({name: room.most for name, room in ground.rooms.items()}) / prices.total({})
+    most = {name: room.most for name, room in ground.rooms.items()} | {block.name: 1 for block in ground.blocks}
+    least = prices.total(most) / prices.total({})
     if least > share:
         raise GraphError(
             f"{share:.0%} of the {what} cannot be reached: with all cut that may be, {least:.0%} are left",

@@ -27,6 +27,7 @@ from toolchain.model_cost import cost_of
 from toolchain.onnx_file import temporary_onnx
 from toolchain.prune_account import Given, PruneReport
 from toolchain.recipe import Prune
+from toolchain.reconstruct import reconstruct
 
 __all__ = ["Given", "PruneReport", "prune"]
 
@@ -153,6 +154,7 @@ def _channels(model: ir.Model, asked: Prune, given: Given, judge: _Counting) -> 
     report = dataclasses.replace(
         _report(asked, given, judge),
         groups=found.groups,
+        blocks=found.cut.blocks,
         whole=found.declined,
         latency_ratio=found.latency_ratio,
         proof=found.proof,
@@ -170,8 +172,6 @@ def _recovered(whole: ir.Model, made: ir.Model, cut: Cut, asked: Prune, given: G
     """Wins accuracy back, in place, and says how."""
     done = []
     if asked.reconstruct:
-        from toolchain.reconstruct import reconstruct
-
         reconstruct(
             whole,
             made,

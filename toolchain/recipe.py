@@ -83,9 +83,9 @@ _PRUNING: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tup
         ("ratio", "pattern", "masks"),
         ("auto", "l1", "l2", "wanda", "random"),
         ("auto", "layer", "channel", "global"),
-        ("round_to", "min_channels"),
+        ("round_to", "min_channels", "blocks"),
     ),
-    "low-rank": (("ratio",), ("auto", "activation"), ("auto",), ("round_to", "min_channels")),
+    "low-rank": (("ratio",), ("auto", "activation"), ("auto",), ("round_to", "min_channels", "blocks")),
 }
 
 
@@ -107,6 +107,7 @@ class Prune(_Section):
     round_to: Annotated[int, pydantic.Field(ge=1)] | None = None
     min_channels: Annotated[int, pydantic.Field(ge=1)] = 1
     exclude: list[str] = []
+    blocks: bool = True
     reconstruct: Literal["auto"] | bool = "auto"
 
     @pydantic.model_validator(mode="after")
@@ -470,7 +471,8 @@ data:
 # faster for it; recovered by least squares on data.calibration. One aim: ratio (0.3: three channels of ten),
 # target_macs and target_latency (0.5: half is left), max_drop (the most that may be lost). method weights sets single
 # weights to zero (ratio, pattern 2:4, masks), which makes files smaller and no dense runtime faster;
-# low-rank replaces layers by two smaller ones (ratio). With exclude, importance, scope, round_to, min_channels
+# low-rank replaces layers by two smaller ones (ratio). With exclude, importance, scope, round_to, min_channels, and
+# blocks: whether the search may take out residual blocks as a whole
 prune: null
 # prune: {{method: channels, target_macs: 0.5}}
 

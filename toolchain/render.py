@@ -212,7 +212,8 @@ def prune_sections(report: PruneReport) -> list[Rows]:
 
 def prune_notes(report: PruneReport) -> list[str]:
     """What the tables of pruning do not tell."""
-    lines = [f"left whole: {each.node}: {each.reason}" for each in report.whole]
+    lines = [f"the residual block that ends in {name} went as a whole" for name in report.blocks]
+    lines += [f"left whole: {each.node}: {each.reason}" for each in report.whole]
     lines += report.remarks
     if report.proof is not None:
         lines.append(
