@@ -147,7 +147,12 @@ def main() -> int:
             f"{row['model']:<20}{row['target']:<26}{row['precision']:<10}{row['seconds']:>9.2f}{row['fastest']:>9.2f}"
             f"{row['over_raw']:>7.2f}{row['bytes'] / 1e6:>9.1f}{row['size_over_fp32']:>8.2f}"
         )
-    result = {"benchmark": "cross_compile", "tensorrt_rtx": str(trt.__version__), "rounds": options.rounds, "rows": rows}
+    result = {
+        "benchmark": "cross_compile",
+        "tensorrt_rtx": str(trt.__version__),
+        "rounds": options.rounds,
+        "rows": rows,
+    }
     print(json.dumps(result))
     if options.json:
         options.json.write_text(json.dumps(result))
