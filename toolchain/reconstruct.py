@@ -14,8 +14,7 @@ stay zero; each output is then solved for on what is left of its weights.
 
 A ridge draws the solution to the weights as they were, so that what the data do not tell stays; how strong it is,
 each layer finds out by fitting on one half of the samples and looking at the other. ``method="bias"`` keeps the weights
-and moves the bias alone, by the difference of the means (Finkelstein et al. 2019, arXiv 1906.03193): cheap, and all
-that is done to a ConvTranspose.
+and moves the bias alone, by the difference of the means (Finkelstein et al. 2019, arXiv 1906.03193), which is cheap.
 
 One pass over the samples, piece by piece (``pieces.py``). A layer costs the moments of its inputs, two matrices of
 d x d doubles for d weights of an output.
@@ -223,6 +222,9 @@ def _layers(dense: ir.Model, pruned: ir.Model) -> tuple[list[_Layer], list[Decli
         if not is_op(node, *LINEAR):
             continue
         source = node.inputs[0]
+        if node.op_type == "ConvTranspose":
+            declined.append(Declined(label(node), "a ConvTranspose is left as it is"))
+            continue
         try:
             linear = read_linear(node)
         except NotLinear as reason:
@@ -281,10 +283,8 @@ def _moments(
     """The sums over the rows of two halves of the samples, of one where there is one sample."""
     node, shape = layer.node, layer.linear.weight.shape
     kernel = tuple(layer.node.inputs[1].shape)[2:] if node.op_type == "Conv" else ()  # type: ignore[union-attr, arg-type]
-    axis = 1 if node.op_type in ("Conv", "ConvTranspose") else -1
+    axis = 1 if node.op_type == "Conv" else -1
     names = [layer.source, *([] if layer.other is None else [layer.other])]
-    if node.op_type == "ConvTranspose":
-        raise NotImplementedError
     halves = [Moments.empty(shape[0], shape[2] * shape[3], shape[1]) for _ in range(2)]
     first = 0
     share: float | None = None

@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from passes._graph import constant, default_opset, given, is_op
+from passes._graph import constant, default_opset, given, is_op, set_constant
 from passes.base import in_standard_domain, label
 from passes.prune_weights import Masks
 from toolchain.errors import GraphError
@@ -92,6 +92,11 @@ class GraphModule(torch.nn.Module):
         for name, data in fixed.items():
             slot = self._slots[name] = _slot(name, taken)
             self.register_buffer(slot, _tensor(data), persistent=False)
+
+    @property
+    def masked(self) -> int:
+        """How many weights are held at zero."""
+        return sum(int((~getattr(self, mask)).sum()) for mask in self._masks.values())
 
     def forward(self, *args: Tensor, **by_name: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The graph's outputs. Raises GraphError where an input is missing or a node cannot be computed."""
@@ -222,22 +227,12 @@ def write_back(module: GraphModule, model: ir.Model) -> int:
             )
         if not np.isfinite(data).all():
             raise GraphError(f"the trained weight {name!r} is not finite", hint="train with a smaller learning rate")
-        data = data.astype(tensor.dtype.numpy())
+        data = data.astype(tensor.dtype.numpy())  # a copy: the module may go on training
         if not np.array_equal(data, tensor.numpy()):
             written.append((values[name], data))
     for value, data in written:
-        _set(value, data)
+        set_constant(value, data)
     return len(written)
-
-
-def _set(value: ir.Value, data: np.ndarray) -> None:
-    tensor = ir.Tensor(data.copy(), name=value.name)
-    node = value.producer()
-    if node is None:
-        value.const_value = tensor
-    else:
-        node.attributes.clear()
-        node.attributes.add(ir.AttrTensor("value", tensor))
 
 
 def _check(model: ir.Model) -> None:

@@ -258,10 +258,19 @@ def _max_pool(call: Call) -> Tensor:
         raise call.unsupported("MaxPool with indices")
     pads = _pads(call, x.shape[2:], kernel)
     function = _by_rank(call, rank, F.max_pool1d, F.max_pool2d, F.max_pool3d)
-    if not _symmetric(pads) or any(2 * p > k for p, k in zip(pads, kernel, strict=False)):
-        x, pads = _padded(x, pads, -math.inf), [0] * (2 * rank)
     strides, dilations = call.ints("strides") or [1] * rank, call.ints("dilations") or [1] * rank
-    return function(x, kernel, strides, pads[:rank], dilations, ceil_mode=bool(call.get("ceil_mode", 0)))
+    ceil = bool(call.get("ceil_mode", 0))
+    if _symmetric(pads) and all(2 * p <= k for p, k in zip(pads, kernel, strict=False)):
+        return function(x, kernel, strides, pads[:rank], dilations, ceil_mode=ceil)
+    y = function(_padded(x, pads, -math.inf), kernel, strides, 0, dilations, ceil_mode=ceil)
+    return _without_late_windows(y, x.shape[2:], pads, strides)
+
+
+def _without_late_windows(y: Tensor, size: Sequence[int], pads: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """Drops windows that begin in the padding at the end: torch does so only for padding of its own."""
+    for axis, (n, begin, stride) in enumerate(zip(size, pads, strides, strict=False)):
+        y = y.narrow(2 + axis, 0, min(y.shape[2 + axis], -(-(n + begin) // stride)))
+    return y
 
 
 def _average_pool(call: Call) -> Tensor:
@@ -274,10 +283,11 @@ def _average_pool(call: Call) -> Tensor:
     strides, counted = call.ints("strides") or [1] * rank, bool(call.get("count_include_pad", 0))
     if _symmetric(pads) and all(2 * p <= k for p, k in zip(pads, kernel, strict=False)):
         return function(x, kernel, strides, pads[:rank], ceil, counted)
-    y = function(_padded(x, pads, 0.0), kernel, strides, 0, ceil)
+    y = _without_late_windows(function(_padded(x, pads, 0.0), kernel, strides, 0, ceil), x.shape[2:], pads, strides)
     if counted:
         return y
-    return y / function(_padded(torch.ones_like(x[:1, :1]), pads, 0.0), kernel, strides, 0, ceil)
+    ones = function(_padded(torch.ones_like(x[:1, :1]), pads, 0.0), kernel, strides, 0, ceil)
+    return y / _without_late_windows(ones, x.shape[2:], pads, strides)
 
 
 def _global_pool(function: Callable[..., Tensor]) -> Operator:
