@@ -33,8 +33,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 PERCENTILE = 99.99
 #: in ``auto``, an error this much above the least is as good
 _TOLERANCE = 1.02
-#: tensors that are searched at once: enough that numpy's calls do not count, few enough for the cache
-_AT_ONCE = 16
+#: tensors that are searched at once: of that many numpy's calls hardly count any more
+_AT_ONCE = 32
 
 
 def tensor_ranges(

@@ -291,8 +291,8 @@ def joined(parts: Sequence[tuple[Distribution, int]]) -> Distribution:
 
 def share(size: int, sampled: int) -> int:
     """How many of a tensor's elements to take: at most ``sampled``, of small tensors a sixteenth, but no less than
-    a quarter of ``sampled``: where a whole model is small, ``sampled`` of each tensor would cost more than its run."""
-    return min(size, max(sampled // 4, min(sampled, size // 16)))
+    half of ``sampled``: where a whole model is small, ``sampled`` of each tensor would cost more than its run."""
+    return min(size, max(sampled // 2, min(sampled, size // 16)))
 
 
 def coprime_stride(size: int, wanted: int) -> int:

@@ -227,6 +227,21 @@ def test_a_constant_tensor_has_its_value_as_range(value: float, method: str) -> 
     assert (range_.low, range_.high, range_.amax) == (value, value, abs(value))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_elements_that_were_not_sampled_still_bound_the_range(method: str) -> None:
+    """All that was sampled is zero; two elements are not."""
+    histograms = Histograms(1, sampled=16)
+    array = np.zeros((1, 5000), np.float32)
+    array[0, 4001], array[0, 4002] = -2, 3
+    histograms.add([array], 1)
+    found = histograms.distribution(0)
+    assert found is not None
+    assert found.total == found.zeros
+    range_ = tensor_range(found, method=method)
+    assert -2 <= range_.low <= 0 <= range_.high <= 3
+    assert 0 <= range_.amax <= 3
+
+
 def test_sampling_leaves_extremes_exact_and_the_distribution_nearly() -> None:
     rng = np.random.default_rng(0)
     histograms = Histograms(2, sampled=2048, bounds={1: (0.0, 6.0)})

@@ -109,6 +109,26 @@ def test_large_weights_stay_in_the_file_and_their_elements_tell(tmp_path: Path) 
     assert graph_digest(changed[0]) != graph_digest(read[0])
 
 
+@pytest.mark.parametrize("raw", [True, False], ids=["raw", "typed"])
+@pytest.mark.parametrize("dtype", [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 16])
+def test_small_constants_are_read_as_onnx_reads_them(dtype: int, raw: bool, tmp_path: Path) -> None:
+    model = nested()
+    numbers = np.array([1, 0, 2, 1]) if dtype in (2, 4, 9, 12, 13) else np.array([1, 0, -2, 1])
+    for name, values in (("many", numbers), ("one", numbers[:1]), ("none", numbers[:0])):
+        array = values.astype(onnx.helper.tensor_dtype_to_np_dtype(dtype))
+        if raw:
+            tensor = onnx.numpy_helper.from_array(array, name)
+        else:
+            tensor = onnx.helper.make_tensor(name, dtype, array.shape, array)
+        assert tensor.HasField("raw_data") == raw
+        model.graph.initializer.append(tensor)
+    path = Path(save(model, tmp_path / "m.onnx"))
+    read = read_wiring(path)
+    assert read is not None
+    assert read[0].initializers == wiring_of(ir.load(path)).initializers
+    assert read[0].initializers["one"].scalar == 1.0
+
+
 @pytest.mark.parametrize("how", ["external", "typed field", "function", "sparse"])
 def test_what_only_the_whole_reader_understands_is_left_to_it(how: str, tmp_path: Path) -> None:
     model = convolutions(32, 32)
@@ -173,12 +193,12 @@ from pathlib import Path
 import numpy as np
 from toolchain.calibration import calibrate
 calibrate(Path(sys.argv[1]), [{"image": np.ones((2, 3, 16, 16), np.float32)}])
-print(*(name for name in ("onnx_ir", "sympy", "onnxscript", "rich", "pydantic", "typer") if name in sys.modules))
+print(*(name for name in ("onnx", "onnx_ir", "sympy", "onnxscript", "rich", "email", "typer") if name in sys.modules))
 """
 
 
 def test_calibrating_a_file_imports_no_more_than_it_needs(tmp_path: Path) -> None:
-    """onnx_ir with its sympy alone is 45 MB: more than a small model's session."""
-    path = save(conv_net(), tmp_path / "net.onnx")
+    """onnx_ir with its sympy alone is 45 MB, onnx 12: more than a small model's session."""
+    path = save(onnx.shape_inference.infer_shapes(conv_net()), tmp_path / "net.onnx")
     done = subprocess.run([sys.executable, "-c", _LEAN, path], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.split() == []
