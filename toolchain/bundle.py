@@ -253,7 +253,6 @@ def _add_ort_format(
     kept[name] = {
         "variant_directory": name,
         "ep": "CPUExecutionProvider",
-        "device": "cpu",
         "executor_info": {
             "ort": {"model_file": ort_format.MODEL, "session_options": {}},
             "toolchain": {
