@@ -3,7 +3,7 @@
     python benchmarks/calibration.py --model artifacts/resnet50/ort-cpu-fp32/model.onnx --samples 64 512
     python benchmarks/calibration.py --model model.onnx --images ../shared/assets/imagenet/calibration50 \\
         --preprocessing efficientnet_lite0 [--no-peers] [--json out.json]
-    python benchmarks/calibration.py --model WORK/minilm/fp32.onnx --batches WORK/minilm/calibration --no-peers
+    python benchmarks/calibration.py --work WORK --models resnet20 minilm --no-peers
 
 Every measurement is a fresh child process; the sides take turns (A B C A B C ...), and each time is divided by that of
 its neighbour that only runs the model. ``plain`` is ``runtimes.load`` and ``run`` over batches of ``--batch``; the
@@ -11,9 +11,10 @@ clock runs for the forward pass alone, not for imports and load. For ours it run
 planning, making the session, the pass, deriving the ranges. For the peers (``onnxruntime.quantization.calibrate``) it
 runs for making the calibrater, collecting and computing. Without ``--images`` the samples are seeded noise; with fewer
 images than samples, images come again. Peak memory is VmHWM of the process, imports and all; samples are read from disk
-a batch at a time. ``--batches`` takes folders of .npz instead, a batch each and an array for every input, such as
-``quantization.py --work WORK`` keeps beside the model. ``--cores 1`` holds every child to one core: there the ratios
-bear other work on the machine.
+a batch at a time. ``--batches`` takes folders of .npz instead, a batch each and an array for every input. ``--work`` is
+the folder of ``quantization.py --work``: then each of ``--models`` there is measured on its 64 and 512 samples.
+``--cores 1`` holds every child to one core: there the ratios bear other work on the machine. Beside each time stand
+what is not in it: the seconds that the imports took and, of ``plain``, the load and the first run.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ PEERS = ("MinMax", "Percentile", "Entropy")
 
 _CHILD = """
 import json, os, sys, time
+begun = time.perf_counter()
 import numpy as np
 side, method, model, data, batch, cores = sys.argv[1:7]
 batch, cores = int(batch), int(cores)
@@ -64,10 +66,15 @@ def batches():
             n = min(batch, count - start)
             yield {name: np.fromfile(file, np.float32, n * size).reshape(n, *shape)}
 
+loaded = warmed = 0.0
 if side == "plain":
+    import onnxruntime
     import runtimes
+    imported = time.perf_counter()
     session = runtimes.load(model, options={"intra_op_threads": cores})
+    loaded = time.perf_counter() - imported
     session.run(next(batches()))
+    warmed = time.perf_counter() - imported - loaded
     started = clock()
     for feeds in batches():
         session.run(feeds)
@@ -75,6 +82,7 @@ elif side == "ours":
     import pathlib
     import onnxruntime
     from toolchain.calibration import calibrate
+    imported = time.perf_counter()
     started = clock()
     calibrate(pathlib.Path(model), batches(), method=method)
 else:
@@ -86,6 +94,7 @@ else:
             self.items = batches()
         def get_next(self):
             return next(self.items, None)
+    imported = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         started = clock()
         calibrator = create_calibrator(
@@ -95,7 +104,10 @@ else:
         calibrator.compute_data()
 ended = clock()
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
-print(json.dumps({"seconds": ended - started, "peak_mb": int(peak.split()[1]) * 1024 / 1e6}))
+print(json.dumps({
+    "seconds": ended - started, "peak_mb": int(peak.split()[1]) * 1024 / 1e6,
+    "imports": imported - begun, "load": loaded, "first_run": warmed,
+}))
 """
 
 
@@ -157,14 +169,19 @@ def measure(model: Path, data: Path, options: argparse.Namespace) -> list[dict[s
             row["time_ratio"] = round(statistics.median(a["seconds"] / b["seconds"] for a, b in pairs), 2)
             row["peak_mb"] = round(statistics.median(a["peak_mb"] for a, _ in pairs), 1)
             row["memory_ratio"] = round(statistics.median(a["peak_mb"] / b["peak_mb"] for a, b in pairs), 2)
+            for key in ("imports", "load", "first_run"):
+                row[key] = round(statistics.median(a[key] for a, _ in pairs), 3)
         rows.append(row)
     return rows
 
 
 def main() -> None:
-    """Measures, prints a table and one line of JSON."""
+    """Measures, prints a table and one line of JSON for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", type=Path)
+    what.add_argument("--work", type=Path, help="of quantization.py: its models on its samples")
+    parser.add_argument("--models", nargs="+", help="with --work: which; all without")
     parser.add_argument("--images", type=Path, help="a folder of images; seeded noise without")
     parser.add_argument("--preprocessing", choices=[n for n, e in ZOO.items() if e.preprocessing], help="for --images")
     parser.add_argument("--samples", type=int, nargs="+", default=[64, 512])
@@ -176,29 +193,49 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
+    found = [measure_model(*each, options) for each in wanted(options)]
+    for result in found:
+        print(json.dumps(result))
+    if options.json:
+        options.json.write_text(json.dumps(found) + "\n")
+
+
+def wanted(options: argparse.Namespace) -> list[tuple[str, Path, list[Path]]]:
+    """What a model is called, its file, and folders of batches; none where samples are to be made."""
+    if options.model:
+        return [(options.model.name, options.model, options.batches or [])]
+    names = options.models or sorted(path.parent.name for path in options.work.glob("*/fp32.onnx"))
+    return [
+        (name, options.work / name / "fp32.onnx", [options.work / name / f"memory{n}" for n in options.samples])
+        for name in names
+    ]
+
+
+def measure_model(name: str, model: Path, batches: list[Path], options: argparse.Namespace) -> dict[str, Any]:
+    """The rows of a model for each number of samples, or each folder of batches; printed as they come."""
     results = {}
-    with tempfile.TemporaryDirectory() as name:
-        for of in options.batches or options.samples:
-            if options.batches:
+    with tempfile.TemporaryDirectory() as folder:
+        for of in batches or options.samples:
+            if isinstance(of, Path):
                 data, title = of.resolve(), of.name
             else:
-                data = prepare(options.model, of, options.images, options.preprocessing, Path(name) / str(of))
+                data = prepare(model, of, options.images, options.preprocessing, Path(folder) / str(of))
                 title = f"{of} samples in batches of {options.batch}"
-            rows = results[str(of)] = measure(options.model, data, options)
-            print(f"\n{options.model.name}, {title}")
+            rows = results[str(of)] = measure(model, data, options)
+            print(f"\n{name}, {title}")
             for row in rows:
                 label = f"{row['side']} {row['method']}"
                 if "failed" in row:
                     print(f"  {label:26} failed: {row['failed']}")
-                else:
-                    print(
-                        f"  {label:26} {row['seconds']:>8.2f} s  {row['time_ratio']:>6.2f} x   "
-                        f"{row['peak_mb']:>7.0f} MB  {row['memory_ratio']:>5.2f} x"
-                    )
-    result = {"benchmark": "calibration", "model": options.model.name, "batch": options.batch, "results": results}
-    print(json.dumps(result))
-    if options.json:
-        options.json.write_text(json.dumps(result) + "\n")
+                    continue
+                outside = f"imports {row['imports']:.2f}"
+                if row["side"] == "plain":
+                    outside += f", load {row['load']:.3f}, first run {row['first_run']:.3f}"
+                print(
+                    f"  {label:26} {row['seconds']:>8.3f} s  {row['time_ratio']:>6.2f} x   "
+                    f"{row['peak_mb']:>7.0f} MB  {row['memory_ratio']:>5.2f} x   {outside} s"
+                )
+    return {"benchmark": "calibration", "model": name, "batch": options.batch, "results": results}
 
 
 if __name__ == "__main__":

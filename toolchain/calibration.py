@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from toolchain.evaluate import Feeds
 
 #: elements of all observed tensors that one run may give: as many as the weights have, so that what is held stays small
-#: beside the model, but no less than the first and no more than the second (4 and 64 MB in float32)
-_LEAST_ELEMENTS, _MOST_ELEMENTS = 1_000_000, 16_000_000
+#: beside the model, but no less than the first and no more than the second (6 and 64 MB in float32)
+_LEAST_ELEMENTS, _MOST_ELEMENTS = 1_600_000, 16_000_000
 #: pieces that wait for them: with none, a worker that is done waits for the next to be read
 _AHEAD = 2
 

@@ -21,7 +21,7 @@ import numpy as np
 #: bins on either side of zero: between 1,024 and 2,048 cover the larger side, at least four a step of 8 bits
 HALF_BINS = 2048
 #: elements that wait for their bins, for each tensor: binning thousands at once costs a third of hundreds
-_WAITING = 8192
+_WAITING = 4096
 #: a scan for an extreme of no more elements costs less than to see whether it can be spared
 _WORTH_SPARING = 20_000
 _UNBOUNDED = (-math.inf, math.inf)
