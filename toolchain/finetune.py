@@ -134,7 +134,7 @@ def load_loop(text: str) -> Loop:
         )
 
     def loop(module: GraphModule, current: Round) -> None:
-        arguments = (module, current)[: min(most, 2)]
+        arguments = (module, current) if most >= 2 else (module,)
         user_code.call(lambda: function(*arguments), path, error=SourceError)
 
     return loop

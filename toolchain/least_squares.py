@@ -37,8 +37,8 @@ class Moments:
     @classmethod
     def empty(cls, groups: int, inputs: int, outputs: int) -> Moments:
         """Of no rows."""
-        shapes = ((inputs, inputs), (inputs, outputs), (outputs,), (inputs,), (outputs,))
-        return cls(*(np.zeros((groups, *shape)) for shape in shapes))
+        g, d, o = groups, inputs, outputs
+        return cls(np.zeros((g, d, d)), np.zeros((g, d, o)), np.zeros((g, o)), np.zeros((g, d)), np.zeros((g, o)))
 
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
         """Takes rows in: x float32 [n, g, d], y float32 [n, g, o]."""
@@ -203,7 +203,7 @@ def rows(
 
 def places(node: ir.Node, x: np.ndarray, y: np.ndarray) -> int:
     """How many rows a batch has."""
-    return y.size // y.shape[1 if node.op_type == "Conv" else -1]
+    return int(y.size // y.shape[1 if node.op_type == "Conv" else -1])
 
 
 def _windows(node: ir.Node, x: np.ndarray, kernel: Sequence[int]) -> np.ndarray:
@@ -224,6 +224,6 @@ def _windows(node: ir.Node, x: np.ndarray, kernel: Sequence[int]) -> np.ndarray:
         pads = tuple(itertools.chain(*((small, large) if auto == "SAME_UPPER" else (large, small))))
     padded = np.pad(x, [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)])
     view = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + rank)))
-    view = view[(slice(None), slice(None), *(slice(None, None, s) for s in strides))]
-    view = view[(..., *(slice(None, None, d) for d in dilations))]
+    steps = (1, 1, *strides, *dilations)
+    view = view[tuple(slice(None, None, step) for step in steps)]
     return np.moveaxis(view, 1, 1 + rank)

@@ -85,12 +85,12 @@ def _binary(function: Callable[[Tensor, Tensor], Any]) -> Operator:
     return lambda call: function(call.need(0), call.need(1))
 
 
-def _variadic(function: Callable[[Tensor, Tensor], Tensor]) -> Operator:
+def _variadic(function: Callable[[Tensor, Tensor], Tensor], *, mean: bool = False) -> Operator:
     def run(call: Call) -> Tensor:
         result = call.need(0)
         for index in range(1, len(call.inputs)):
             result = function(result, call.need(index))
-        return result
+        return result / len(call.inputs) if mean else result
 
     return run
 
@@ -521,7 +521,7 @@ OPERATORS: dict[str, Operator] = {
     "MatMul": _binary(torch.matmul),
     "Max": _variadic(torch.maximum),
     "MaxPool": _max_pool,
-    "Mean": lambda call: _variadic(torch.add)(call) / len(call.inputs),
+    "Mean": _variadic(torch.add, mean=True),
     "Min": _variadic(torch.minimum),
     "Mish": _unary(F.mish),
     "Mul": _binary(torch.mul),
