@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -83,3 +84,28 @@ def test_02_serves_many_threads_with_the_right_answers(artifact: Path, monkeypat
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_04_prunes_recovers_and_quantises(assets: Path, tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="pictures need Pillow")
+    sample = SAMPLES / "04_prune_and_quantize"
+    model = assets / "models" / "cifar10-resnets" / "cifar_resnet56.onnx"
+    shutil.copytree(sample, tmp_path, dirs_exist_ok=True)
+    (commands,) = re.findall(r"^```\n(.*?)^```", (sample / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    environment = {**os.environ, "ASSETS": str(assets), "PYTHONPATH": str(ROOT)}
+    lines = [line for line in commands.splitlines() if line.startswith("toolchain ")]
+    assert len(lines) == 2
+    (tmp_path / model.name).write_bytes(model.read_bytes())
+    for line in lines:
+        command = [sys.executable, "-m", *line.split()]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    report = json.loads((tmp_path / "artifacts" / "resnet56-small" / "report.json").read_text())
+    assert report["prune"]["macs"][1] <= 0.5 * report["prune"]["macs"][0]
+    assert report["prune"]["recovery"] == ["least squares"]
+    assert report["prune"]["drop"] < report["prune"]["drop_cut"]
+    (variant,) = report["variants"]
+    assert variant["precision"] == "int8"
+    # half the multiply-accumulates, no training: far above the 10 % of chance, and the export's own accuracy beside it
+    assert variant["accuracy"]["top1"] > 0.6
+    assert variant["accuracy"]["reference_top1"] > 0.92

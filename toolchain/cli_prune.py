@@ -93,6 +93,10 @@ def prune(
             "--reconstruct/--no-reconstruct", help="fit what is left to the samples", show_default="with --data"
         ),
     ] = None,
+    finetune: Annotated[
+        str | None,
+        typer.Option(help="a training loop, FILE.py:FUNCTION: it gets the pruned graph in torch", show_default=False),
+    ] = None,
     dim: Annotated[
         list[str] | None,
         typer.Option("--dim", help="size of a symbolic dimension, such as sequence=128; repeat", show_default=False),
@@ -101,6 +105,7 @@ def prune(
     json: Annotated[bool, typer.Option("--json", help="print the result as one line of JSON")] = False,
 ) -> None:
     """Cuts what matters least out of an ONNX file, and says what that saves and costs."""
+    from toolchain.finetune import fine_tune, load_loop
     from toolchain.pruning import Given
     from toolchain.pruning import prune as run_prune
 
@@ -112,6 +117,7 @@ def prune(
     )  # fmt: skip
     if output.resolve() == model.resolve():
         raise StorageError("the result would replace the model", where=str(output), hint="choose another --output")
+    loop = None if finetune is None else load_loop(finetune)
     graph = read_onnx(model)
     specs = input_specs(graph)
     dims = console.parse_dims(dim)
@@ -137,6 +143,7 @@ def prune(
                 data="seeded random inputs" if judged_on is None else judged_on.name,
                 dims=dims,
                 seed=seed,
+                fine_tune=None if loop is None else lambda whole, cut: fine_tune(cut, loop, dense=whole),
                 on_status=on_status,
             ),
         )

@@ -15,7 +15,7 @@ from toolchain.samples import Batch
 _ORT = runtimes.Target("ort-cpu")
 
 #: Trains a pruned graph in place, given the whole one.
-FineTune = Callable[[ir.Model, ir.Model], None]
+FineTune = Callable[[ir.Model, ir.Model], object]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -7,7 +7,12 @@
    without which greedy steps stop before what is cheap in the end.
 3. **Bisection**, where not a cost but a loss was asked for: on the cost, each candidate judged as it will be.
 
-What each group loses alone is measured and not guessed: {measured}.
+What each group loses alone is measured and not guessed. On CIFAR ResNet-56, 30 groups at three ratios, it spans ten
+orders of magnitude (a quarter of one group's channels is never read; the residual stream of the first stage is lost
+with a quarter of its channels), and the share of importance that goes, which costs nothing to know, ranks the cuts by
+Spearman's 0.70 (l1), 0.71 (l2) and 0.75 (activation); noise over signal on 64 images in turn ranks them by 0.76 as the
+top-1 on 1,000 images does, which cannot tell small losses apart. Channels chosen by activation lose 0.7 to 0.8 of what
+those chosen by l1 do.
 
 Everything is a function of the graph, the samples and the seed.
 """
@@ -53,8 +58,10 @@ _STEPS = 32
 _HALVINGS = 7
 _CLOSE = 0.02
 #: Cuts of which the latency is measured, and how near below the target one is to come.
-_LATENCY_ROUNDS = 5
+_LATENCY_ROUNDS = 6
 _NEAR = 0.93
+#: A measurement is aimed at this much below the target, for no two are the same.
+_INSIDE = 0.98
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -206,23 +213,27 @@ def to_latency(ground: Ground, share: float, measure: Callable[[ir.Model], float
     prices = Prices(ground.model, ground.groups, times, blocks=ground.blocks, stepped=True)
     whole = prices.total({})
     measured = curves(ground)
-    wanted, found, seen = share, None, 1.0
+    wanted, found, deepest, tried = share, None, 1.0, []
     for _ in range(_LATENCY_ROUNDS):
         gone = spend(ground, measured, prices, wanted * whole)
-        ground.on_status("prune: measuring latency")
-        seen = measure(cut_copy(ground.model, chosen(ground, gone)))
-        if seen <= share:
-            found = Found(gone, measured, seen)
-        if seen <= share and (seen > share * _NEAR or wanted >= 1):
+        if gone in tried or not any(gone.values()):
             break
-        # What is not in the profile does not shrink with it: aim at what the profile has to give.
-        step = (seen - share) * (1 if found is None else 0.5)
-        if prices.total(gone) > wanted * whole and step > 0:
-            break  # all that may go is gone
-        wanted = min(max(wanted - step, 0.02), 1.0)
+        tried.append(gone)
+        ground.on_status("prune: measuring latency")
+        seen, told = measure(cut_copy(ground.model, chosen(ground, gone))), prices.total(gone) / whole
+        deepest = min(deepest, seen)
+        if seen <= share and (found is None or found.latency_ratio is None or seen > found.latency_ratio):
+            found = Found(gone, measured, seen)
+        if share * _NEAR < seen <= share:
+            break
+        # Not all that the profile promises comes true, nor does what is in no layer shrink: aim as far beyond.
+        kept = max((1 - seen) / (1 - told), 0.05)
+        wanted = max(1 - (1 - share * _INSIDE) / kept, 0.0)
+        if seen > share:
+            wanted = min(wanted, told - 0.01)
     if found is None:
         raise GraphError(
-            f"{share:.0%} of the latency cannot be reached: the deepest cut that was tried takes {seen:.0%} of it",
+            f"{share:.0%} of the latency cannot be reached: the deepest cut that was tried takes {deepest:.0%} of it",
             hint="a larger target, a smaller round_to or min_channels, or fewer excluded layers",
         )
     return found

@@ -245,6 +245,11 @@ class Recipe(_Section):
         ]
         if needs and data.calibration is None:
             raise InvalidInput(f"prune: {needs[0]} needs samples", hint="set data.calibration (--data)")
+        if self.quantize.calibration is not None:
+            raise InvalidInput(
+                "quantize.calibration holds the ranges of a graph that was not pruned",
+                hint="set data.calibration: the pruned graph is calibrated on it",
+            )
         if prune.max_drop is not None and data.calibration is None and data.evaluation is None:
             raise InvalidInput(
                 "prune: max_drop needs samples to judge on",

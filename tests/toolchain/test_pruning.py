@@ -1,0 +1,207 @@
+"""Pruning of a graph: what comes out, what is proved and accounted for, what is refused; and a build that prunes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from prune_nets import images, residual_net
+
+from toolchain import benchmark as bench
+from toolchain.build import build
+from toolchain.cache import Cache
+from toolchain.errors import DataError, FidelityError, GraphError, RecipeError
+from toolchain.evaluate import run_reference
+from toolchain.metrics import tensor_error
+from toolchain.onnx_file import read_onnx, write_onnx
+from toolchain.pruning import ALREADY, Given, prune
+from toolchain.recipe import Prune, Recipe, from_dict
+from toolchain.samples import Batch
+from toolchain.verify_command import verify_path
+
+
+@pytest.fixture
+def given() -> Given:
+    batches = [Batch({"image": images(32, seed=seed)}, None) for seed in range(3)]
+    return Given(calibration=batches[:2], judged=batches[2:], data="noise")
+
+
+def asked(**options: Any) -> Prune:
+    return Prune(**{"reconstruct": False, **options})
+
+
+def test_what_is_cut_is_accounted_for(given: Given) -> None:
+    model = residual_net()
+    made, report = prune(model, asked(target_macs=0.5, blocks=False), given)
+    assert report.macs[1] <= 0.5 * report.macs[0]
+    assert report.proof is not None
+    assert report.proof < 1e-10
+    assert report.importance == "activation"
+    assert {g.name: g.before for g in report.groups} == {"s": 16, "one_c": 32, "two_c": 32}
+    assert all(g.after % 4 == 0 for g in report.groups)
+    weights = made.graph.initializers
+    after = {g.name: g.after for g in report.groups}
+    assert list(weights["one_a"].shape or ()) == [after["one_c"], after["s"], 3, 3]
+    assert [each.node for each in report.whole] == ["logits"]
+    assert report.parameters[1] == sum(v.const_value.size for v in weights.values() if v.const_value is not None)
+    assert list(model.graph.initializers["one_a"].shape or ()) == [32, 16, 3, 3]  # the model itself is whole
+
+
+def test_the_same_is_asked_again_and_more(given: Given) -> None:
+    once, first = prune(residual_net(), asked(ratio=0.25), given)
+    again, second = prune(once, asked(ratio=0.25), given)
+    assert first.changed
+    assert not second.changed
+    assert again is once
+    assert second.remarks == (ALREADY,)
+    more, third = prune(once, asked(ratio=0.5), given)
+    assert [g.after for g in third.groups] == [8, 16, 16]
+    # of the multiply-accumulates before any cut: what a ratio of a half left is below a target of a half
+    assert not prune(more, asked(target_macs=0.5), given)[1].changed
+
+
+def test_it_is_the_same_every_time(given: Given, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_onnx(prune(residual_net(), asked(target_macs=0.6), given)[0], tmp_path / f"{name}.onnx")
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_least_squares_win_back_what_was_lost(given: Given) -> None:
+    model = residual_net()
+    feeds = [{"image": images(16, seed=9)}]
+    whole = run_reference(model, feeds)[0]["logits"]
+    errors = []
+    for reconstruct in (False, True):
+        made, report = prune(model, asked(ratio=0.25, reconstruct=reconstruct), given)
+        errors.append(tensor_error(whole, run_reference(made, feeds)[0]["logits"]).nmse)
+        assert report.recovery == (("least squares",) if reconstruct else ())
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_training_gets_both_graphs_and_what_it_made_is_judged(given: Given) -> None:
+    seen = []
+
+    def train(whole: ir.Model, pruned: ir.Model) -> None:
+        seen.append((whole.graph.initializers["head"].shape, pruned.graph.initializers["head"].shape))
+        value = pruned.graph.initializers["head"]
+        assert value.const_value is not None
+        value.const_value = ir.Tensor(-value.const_value.numpy(), name="head")
+
+    _, report = prune(residual_net(), asked(ratio=0.25), dataclasses.replace(given, fine_tune=train))
+    assert [[list(a or ()), list(b or ())] for a, b in seen] == [[[5, 16], [5, 12]]]
+    assert report.recovery == ("fine-tuning",)
+    assert report.drop > report.drop_cut  # it was trained to say the opposite
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        ({"ratio": 0.3, "exclude": ["one_cc"]}, "no layer that can be cut is called 'one_cc'", "did you mean one_c"),
+        ({"ratio": 0.3, "exclude": ["s", "one_c", "two_c"]}, "no layer can be cut: .*excluded", "leave the model"),
+        ({"target_macs": 0.001}, "0% of the multiply-accumulates cannot be reached", "a larger target"),
+        ({"method": "weights", "masks": "masks.npz"}, "shape|mask", ""),
+    ],
+)
+def test_refused(
+    options: dict[str, Any], message: str, hint: str, given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("masks.npz", one_a=np.ones((3, 3), np.bool_))
+    with pytest.raises(GraphError, match=message) as caught:
+        prune(residual_net(), asked(**options), given)
+    assert hint in (caught.value.hint or "")
+
+
+def test_without_a_layer_or_samples_it_says_so(given: Given) -> None:
+    relu = ir.from_onnx_text(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[2, 4] x) => (float[2, 4] y) {y = Relu (x)}'
+    )
+    fed = dataclasses.replace(given, calibration=(), judged=[Batch({"x": np.ones((2, 4), np.float32)}, None)])
+    for method in ("channels", "weights"):
+        with pytest.raises(GraphError, match="no layer with a constant float weight"):
+            prune(relu, asked(ratio=0.5, method=method), fed)
+    with pytest.raises(DataError, match="importance activation needs samples"):
+        prune(residual_net(), asked(ratio=0.5, importance="activation"), dataclasses.replace(given, calibration=()))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({}, "how much is to be cut"),
+        ({"ratio": 0.3, "target_macs": 0.5}, "ratio and target_macs exclude each other"),
+        ({"ratio": 1.0}, "less than 1"),
+        ({"ratio": 0}, "greater than 0"),
+        ({"method": "weights", "target_macs": 0.5}, "method weights knows no target_macs"),
+        ({"method": "weights", "ratio": 0.5, "importance": "activation"}, "knows no importance activation"),
+        ({"method": "weights", "ratio": 0.5, "round_to": 8}, "knows no round_to"),
+        ({"method": "low-rank", "ratio": 0.5, "scope": "layer"}, "knows no scope layer"),
+        ({"target_macs": 0.5, "scope": "global"}, "scope says nothing"),
+        ({"ratio": 0.5, "pattern": "2:4"}, "exclude each other"),
+        ({"ratio": 0.5, "importance": "activation"}, "needs samples"),
+        ({"ratio": 0.5, "reconstruct": True}, "needs samples"),
+        ({"max_drop": 0.01}, "needs samples to judge on"),
+        ({"ratioo": 0.5}, "unknown key 'ratioo'"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        from_dict({"model": "m.onnx", "prune": section}, origin="recipe.yaml")
+
+
+def test_ranges_of_another_graph_are_refused() -> None:
+    tree = {"model": "m.onnx", "prune": {"ratio": 0.3}, "quantize": {"calibration": "c.json"}}
+    with pytest.raises(RecipeError, match="was not pruned"):
+        from_dict(tree, origin="recipe.yaml")
+
+
+def test_a_build_prunes_recovers_calibrates_and_quantises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "MAX_SPREAD", float("inf"))
+    monkeypatch.setattr(bench, "MAX_COV", float("inf"))
+    write_onnx(residual_net(), tmp_path / "net.onnx")
+    np.savez(tmp_path / "data.npz", image=images(64))
+    recipe = Recipe(model=str(tmp_path / "net.onnx"), prune=Prune(target_macs=0.5)).override(
+        output=str(tmp_path / "art"), precision="int8", data__calibration=str(tmp_path / "data.npz"),
+        benchmark__count=5, benchmark__duration_s=0.0,
+    )  # fmt: skip
+    cache = Cache(tmp_path / "cache")
+    built = build(recipe, cache=cache)
+    report = built.report
+    assert report.prune is not None
+    assert report.prune.macs[1] <= 0.5 * report.prune.macs[0]
+    assert report.prune.recovery == ("least squares",)
+    assert [s.name for s in report.stages][:4] == ["export", "optimize", "prune", "calibrate"]
+    # compared with the pruned graph, which is in the artifact: against the export it would be far beyond the bound
+    (variant,) = report.variants
+    assert variant.fidelity.passed
+    pruned, exported = (read_onnx(built.path / folder / "model.onnx") for folder in ("pruned", "export"))
+    feeds = [{"image": images(4, seed=5)}]
+    apart = tensor_error(run_reference(exported, feeds)[0]["logits"], run_reference(pruned, feeds)[0]["logits"]).nmse
+    assert apart > 2 * variant.fidelity.worst[1].nmse
+    options: dict[str, Any] = {
+        "variant": None, "eval_data": None, "limit": None, "samples": 2, "dims": {}, "max_nmse": None, "layers": False,
+        "seed": 0, "on_status": lambda text, share=None: None,
+    }  # fmt: skip
+    found = verify_path(built.path, against=None, **options)
+    assert found.reference.endswith("pruned/model.onnx")
+    found.require()
+    strict = verify_path(
+        built.path, against=built.path / "export" / "model.onnx", **options | {"max_nmse": 0.5 * apart}
+    )
+    with pytest.raises(FidelityError):
+        strict.require()
+    manifest = json.loads((built.path / "manifest.json").read_text())["additional_metadata"]["toolchain"]
+    assert manifest["prune"]["macs"] == list(report.prune.macs)
+    assert "pruned/model.onnx" in manifest["files"]
+    html = (built.path / "report.html").read_text()
+    assert "Pruned: channels, target_macs 0.5" in html
+    assert "against the pruned graph" in html
+    assert build(recipe, cache=cache).up_to_date
+    # another share is another stage, and nothing before it is done again
+    stages = {s.name: s.cached for s in build(recipe.override(prune__target_macs=0.7), cache=cache).report.stages}
+    assert stages["optimize"]
+    assert not stages["prune"]
