@@ -25,6 +25,7 @@ from toolchain.progress import Status, silent
 from toolchain.recipe import Recipe, dump
 from toolchain.render import html
 from toolchain.report import BuildReport, VariantReport, dumps, from_json, to_json
+from toolchain.selftest import KEY, make_selftest
 from toolchain.targets import cannot_run, float_precision, ranked
 
 __all__ = ["Built", "Debugging", "build"]
@@ -220,8 +221,18 @@ def _pack(line: Line, report: BuildReport, variants: list[Variant]) -> None:
             ),
         ),
         "machine": to_json(this_machine()),
+        "command": "toolchain build recipe.yaml",
     }
-    texts = {"recipe.yaml": dump(recipe), "report.json": dumps(report) + "\n", "report.html": html(report)}
+    # what variants are made of: the exported graph, or what pruning left of it
+    made_of = (line.float_folder if line.pruned else line.exported) / "model.onnx"
+    test = make_selftest(made_of, variants, seed=line.recipe.seed, dims=line.recipe.dims)
+    metadata[KEY] = test.metadata
+    texts: dict[str, str | bytes] = {
+        "recipe.yaml": dump(recipe),
+        "report.json": dumps(report) + "\n",
+        "report.html": html(report),
+        **test.contents,
+    }
     if any(variant.precision in CALIBRATED for variant in variants):
         texts[CALIBRATION] = calibration_file.dumps(line.calibration)
     write_artifact(
