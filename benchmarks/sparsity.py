@@ -1,12 +1,14 @@
 """What zeros, low rank and shared values are worth: accuracy, compressed size, MACs and latency.
 
-    python benchmarks/sparsity.py [--parts pruning minilm rank codecs sparse] [--quick] [--work DIR] [--json out.json]
+    python benchmarks/sparsity.py [--parts pruning minilm rank rank-resnets rank-latency codecs sparse] [--quick] [--work DIR] [--json out.json]
 
 pruning   CIFAR ResNet-20, 5,000 images: top-1 by sparsity and method, bytes of the weights under zstd (or lzma), and
           latency against the dense graph.
 minilm    the same question on a transformer: Spearman on STS-B dev, magnitude against Wanda.
-rank      low rank on MiniLM (accuracy, with and without moments) and on ResNet-50's shapes (random weights: only its
-          MACs and latency mean something).
+rank      low rank on MiniLM: accuracy and MACs, each layer by itself or all together, with and without moments.
+rank-resnets  the same on CIFAR ResNet-20 and ResNet-56.
+rank-latency  latency of low rank on MiniLM and on ResNet-50's shapes (random weights: nothing else means something);
+          with --work and --seconds 0 first, the graphs are there already when it is measured.
 codecs    k-means and powers of two: size of the file against the float file under zstd (or lzma), accuracy.
 sparse    2:4 through tensorrt-rtx with SPARSE_WEIGHTS, where it is installed.
 
@@ -18,8 +20,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import lzma
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +36,7 @@ import passes
 import runtimes
 from passes.prune_weights import PruneWeights, fits_pattern
 from runtimes import Target
-from toolchain.codecs import decode, encode
+from toolchain.codecs import compressed, decode, encode
 from toolchain.layer_statistics import input_moments, input_norms
 from toolchain.model_cost import cost_of
 from toolchain.onnx_file import read_onnx, temporary_onnx, write_onnx
@@ -53,16 +55,6 @@ def read(folder: Path) -> list[Feeds]:
         with np.load(path) as file:
             found.append({name: file[name] for name in file.files})
     return found
-
-
-def compressed(raw: bytes) -> tuple[str, int]:
-    """The best that a common compressor makes of it, and which."""
-    if importlib.util.find_spec("zstandard"):
-        import zstandard
-
-        level = 19 if len(raw) < 20e6 else 9  # 19 takes a minute on 100 MB, and makes no less of floats
-        return f"zstd -{level}", len(zstandard.ZstdCompressor(level=level).compress(raw))
-    return "lzma", len(lzma.compress(raw))
 
 
 def weights_of(model: ir.Model) -> bytes:
@@ -180,34 +172,47 @@ def factorised(dense: Callable[[], ir.Model], **options: Any) -> tuple[ir.Model,
     return model, {"layers": getattr(outcome, "fired", 0), "MACs x": after / before}
 
 
-def rank_minilm(bench: Bench, options: argparse.Namespace) -> list[Row]:
-    """Low rank on a transformer, with and without what its layers read."""
+#: what is compared of low rank: name, scope, and whether with moments
+RANKS = (
+    ("each, weights", "layer", False),
+    ("each, moments", "layer", True),
+    ("together, weights", "global", False),
+    ("together, moments", "global", True),
+)
+
+
+def rank(bench: Bench, ratios: Sequence[float], options: argparse.Namespace) -> list[Row]:
+    """Low rank: each layer at the ratio or all together, with and without what the layers read."""
     started = time.perf_counter()
     moments = input_moments(bench.model(), bench.calibration())
     gathered = time.perf_counter() - started
     rows: list[Row] = [{"model": "dense", **bench.scored(bench.model())}]
-    for ratio in (0.9, 0.75, 0.5):
-        for name, given in (("weights alone", None), ("moments", moments)):
-            model, row = factorised(bench.model, ratio=ratio, moments=given)
-            rows.append({"model": f"{name}, ratio {ratio}", **bench.scored(model), **row})
-            if given is not None:
-                rows[-1]["latency x"] = latency(model, bench.model(), options.seconds)
-    for energy in (0.99, 0.95):
-        model, row = factorised(bench.model, energy=energy, moments=moments)
-        rows.append({"model": f"moments, energy {energy}", **bench.scored(model), **row})
-    return show(f"low rank, MiniLM; moments gathered in {gathered:.1f} s", rows)
+    for ratio in ratios:
+        for name, scope, with_moments in RANKS:
+            model, row = factorised(bench.model, ratio=ratio, scope=scope, moments=moments if with_moments else None)
+            rows.append({"model": f"{name}, {ratio}", **bench.scored(model), **row})
+            print(json.dumps(rows[-1]), file=sys.stderr)
+    return show(f"low rank, {bench.folder.name}; moments gathered in {gathered:.1f} s", rows)
 
 
-def rank_resnet50(bench: Bench, options: argparse.Namespace) -> list[Row]:
-    """Low rank on the shapes of a convolutional network."""
+def rank_latency(bench: Bench, ratios: Sequence[float], options: argparse.Namespace) -> list[Row]:
+    """Latency over MACs; weights alone, since what numbers the factors hold makes no difference."""
     rows = []
-    for ratio in (0.75, 0.5, 0.25):
-        started = time.perf_counter()
-        model, row = factorised(bench.model, ratio=ratio)
-        row["seconds"] = time.perf_counter() - started
-        row["latency x"] = latency(model, bench.model(), options.seconds)
-        rows.append({"model": f"Tucker-2 and SVD, ratio {ratio}", **row})
-    return show("low rank, ResNet-50 (random weights)", rows)
+    for ratio in ratios:
+        for name, scope, with_moments in RANKS:
+            if with_moments:
+                continue
+            path = bench.folder / f"{scope}_{ratio}.onnx"
+            started = time.perf_counter()
+            if not path.exists():
+                write_onnx(factorised(bench.model, ratio=ratio, scope=scope)[0], path)
+            model = read_onnx(path)
+            row: Row = {"model": f"{name}, {ratio}", "MACs x": cost_of(model).macs / cost_of(bench.model()).macs}
+            row["seconds"] = time.perf_counter() - started
+            if options.seconds:
+                row["latency x"] = latency(model, bench.model(), options.seconds)
+            rows.append(row)
+    return show(f"latency of low rank, {bench.folder.name}", rows)
 
 
 def codecs(bench: Bench, options: argparse.Namespace) -> list[Row]:
@@ -288,7 +293,13 @@ def main() -> None:
     parts: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
         "pruning": lambda o: pruning(Bench("resnet20", o), SPARSITIES, True, o),
         "minilm": lambda o: pruning(Bench("minilm", o), SPARSITIES[:2], False, o),
-        "rank": lambda o: rank_minilm(Bench("minilm", o), o) + rank_resnet50(Bench("resnet50", o), o),
+        "rank": lambda o: rank(Bench("minilm", o), (0.9, 0.75, 0.5), o),
+        "rank-resnets": lambda o: [r for n in ("resnet20", "resnet56") for r in rank(Bench(n, o), (0.75, 0.5), o)],
+        "rank-latency": lambda o: [
+            r
+            for name, ratios in (("minilm", (0.9, 0.75, 0.5)), ("resnet50", (0.75, 0.5)))
+            for r in rank_latency(Bench(name, o), ratios, o)
+        ],
         "codecs": lambda o: codecs(Bench("resnet20", o), o) + codecs(Bench("efficientnet_lite0", o), o),
         "sparse": lambda o: sparse(Bench("resnet50", o), o),
     }

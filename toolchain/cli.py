@@ -15,6 +15,7 @@ from toolchain.benchmark import Plan, Subject, benchmark, compare_latency
 from toolchain.cache import Cache
 from toolchain.cli_bundle import bundling
 from toolchain.cli_calibrate import calibrating
+from toolchain.cli_codec import coding
 from toolchain.cli_debug import debugging
 from toolchain.cli_look import looking
 from toolchain.cli_prune import pruning
@@ -394,7 +395,7 @@ def bench(
 
 
 # Those that only look come after those that make something.
-app.registered_commands += pruning.registered_commands
+app.registered_commands += pruning.registered_commands + coding.registered_commands
 app.registered_commands += bundling.registered_commands + calibrating.registered_commands + looking.registered_commands
 app.registered_groups += looking.registered_groups + debugging.registered_groups
 

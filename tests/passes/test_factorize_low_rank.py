@@ -129,6 +129,66 @@ def test_ratio_is_kept(name: str, ratio: float) -> None:
     assert 0.6 * ratio < after / before <= ratio * 1.08
 
 
+def two_layers(inner: int = 48):
+    """A matrix of low rank but for some noise, then one that is not; the MACs of both are the same."""
+    first = low_rank(inner, 32, rank=4) + 0.05 * normal(inner, 32, seed=6)
+    text = f"""agraph (float[N, 32] x, float[32, {inner}] w, float[{inner}, 32] v) => (float[N, 32] y) {{
+        h = MatMul (x, w)
+        r = Relu (h)
+        y = MatMul (r, v) }}"""
+    return parse(text, w=first.T.copy(), v=normal(inner, 32, seed=7))
+
+
+def test_ratio_of_all_layers_goes_where_it_costs_least() -> None:
+    proto = two_layers()
+    model = ir.from_proto(proto)
+    outcome = FactorizeLowRank(ratio=0.7)(model)
+    assert outcome.fired == 1
+    assert [d.node for d in outcome.declined] == ["MatMul -> y"]
+    assert "other layers loses less" in outcome.declined[0].reason
+    before, after = (model_cost(m, {"x": (3, 32)}).macs for m in (ir.from_proto(proto), model))
+    rank = model.graph[0].inputs[1].const_value.shape[1]
+    assert after <= 0.7 * before < after + 80 * 3, "one rank more would be too much"
+    assert rank == int(0.4 * 48 * 32 / 80)
+    # each layer alone keeps less of the output
+    each = ir.from_proto(proto)
+    assert FactorizeLowRank(ratio=0.7, scope="layer")(each).fired == 2
+    x = {"x": normal(200, 32)}
+    (whole,) = run_ort(proto, x)
+    errors = [np.square(run_ort(ir.to_proto(m), x)[0] - whole).sum() for m in (model, each)]
+    assert errors[0] < 0.2 * errors[1]
+    # and again: what was left whole stays whole
+    state = to_bytes(model)
+    again = FactorizeLowRank(ratio=0.7)(model)
+    assert not again.modified
+    assert "already" in again.remarks[0]
+    assert to_bytes(model) == state
+
+
+def test_a_ratio_that_cannot_be_reached_is_said() -> None:
+    model = ir.from_proto(two_layers())
+    outcome = FactorizeLowRank(ratio=0.01)(model)
+    assert outcome.fired == 2
+    assert any("cannot be reached" in remark for remark in outcome.remarks)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9])
+def test_places_count(ratio: float) -> None:
+    """A kernel at 16 times the places weighs 16 times as much."""
+    text = """agraph (float[N, 16, 8, 8] x, float[16, 16, 3, 3] w, float[16, 16, 3, 3] v) => (float[N, 16, 2, 2] y) {
+        h = Conv <pads = [1, 1, 1, 1]> (x, w)
+        p = MaxPool <kernel_shape = [4, 4], strides = [4, 4]> (h)
+        y = Conv <pads = [1, 1, 1, 1]> (p, v) }"""
+    proto = parse(text, w=normal(16, 16, 3, 3), v=normal(16, 16, 3, 3, seed=8))
+    model = ir.from_proto(proto)
+    from passes._shapes import infer_shapes
+
+    infer_shapes(model)
+    FactorizeLowRank(ratio=ratio)(model)
+    before, after = (model_cost(m, {"x": (1, 16, 8, 8)}).macs for m in (ir.from_proto(proto), model))
+    assert 0.75 * ratio < after / before <= ratio * 1.02
+
+
 def _loose(model: ir.Model) -> ir.Model:
     """The same with an input of any size."""
     rank = len(model.graph.inputs[0].shape)
@@ -220,7 +280,7 @@ def test_declined() -> None:
         ({"energy": 0.99}, "3x3", normal(48, 32, 3, 3), "would take"),
         ({"kernels": "none"}, "3x3", normal(48, 32, 3, 3), "left alone"),
         ({"exclude": ("MatMul -> y",)}, "matmul", w, "excluded"),
-        ({"ratio": 0.02}, "matmul", w, "rank 1 would take 5%"),
+        ({"ratio": 0.02, "scope": "layer"}, "matmul", w, "rank 1 would take 5%"),
     ):
         proto = one_layer(name, weight)
         _, outcome = check(proto, FactorizeLowRank(**options), fired=0, run=run_ort)
@@ -258,6 +318,7 @@ def test_a_second_run_with_a_ratio_goes_on_only_if_it_saves() -> None:
         {"ratio": float("nan")},
         {"ratio": 0.5, "energy": 0.5},
         {"kernels": "svd"},
+        {"scope": "channel"},
         {"least_saving": 1.0},
     ],
 )
