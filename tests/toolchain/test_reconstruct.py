@@ -197,6 +197,23 @@ def test_several_cuts_and_blocks_are_remembered_as_of_the_dense_model() -> None:
     assert reconstruct(dense, pruned, feeds).layers
 
 
+def test_the_hidden_width_of_a_transformer() -> None:
+    """MatMul on three axes, its bias in an Add behind it, and a residual sum behind that."""
+    text = (
+        "g (float[n, 5, 8] x, float[8, 16] w, float[16] b, float[16, 8] v, float[8] c) => (float[n, 5, 8] y) "
+        "{ m = MatMul (x, w) a = Add (m, b) g = Gelu (a) o = MatMul (g, v) p = Add (o, c) y = Add (p, x) }"
+    )
+    dense, pruned = graph(text), graph(text)
+    PruneChannels(ratio=0.5)(pruned)
+    assert weight(pruned, "v").shape == (8, 8)
+    feeds, fresh = batches(64, 5, 8), batches(8, 5, 8, seed=7)
+    before = distance(dense, pruned, fresh)
+    done = reconstruct(dense, pruned, feeds)
+    assert [(each.node, each.compensates) for each in done.layers] == [(named(pruned, "o"), True)]
+    assert distance(dense, pruned, fresh) < 0.8 * before
+    assert len(pruned.graph) == 6
+
+
 def test_rubbish_is_refused() -> None:
     dense, pruned = graph(PLAIN), graph(PLAIN)
     PruneChannels(ratio=0.5)(pruned)
