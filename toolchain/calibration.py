@@ -8,16 +8,18 @@ the data is not read again. ``calibrate`` is both.
 Measured in fresh processes on two cores against ONNX Runtime that only runs the model on the same batches (time; peak
 memory; method ``auto``; ``benchmarks/results/2026-11-20-int8.md``)::
 
-    ResNet-50, 64 samples              1.6 x    0.9 x
-    EfficientNet-Lite0, 50 samples     2.2 x    0.9 x
-    EfficientNet-Lite0, 512 samples    1.4 x    1.0 x
-    MiniLM, 512 samples                1.7 x    1.1 x
-    ResNet-20 (CIFAR), 512 samples     2.1 x    1.7 x    (interpreter and imports are 57 of 65 MB)
+    ResNet-50, 64 samples              1.5 x    0.8 x
+    EfficientNet-Lite0, 64 samples     1.8 x    0.9 x
+    EfficientNet-Lite0, 512 samples    1.4 x    0.9 x
+    MiniLM, 64 samples                 2.0 x    1.1 x
+    MiniLM, 512 samples                1.3 x    1.2 x
+    ResNet-20 (CIFAR), 64 samples      4.1 x    1.2 x    (0.08 s: making a session alone takes half of the pass)
+    ResNet-20 (CIFAR), 512 samples     1.9 x    1.3 x
 
-What does not shrink with the samples is the planning and the session (0.02 to 0.1 s) and deriving the ranges (1 ms a
+What does not shrink with the samples is the planning and the session (0.02 to 0.06 s) and deriving the ranges (0.3 ms a
 tensor). Tried and left out: reductions inside the graph (ReduceMin and ReduceMax 1.0 of a forward pass, GlobalMaxPool
 without a minimum 0.3 by itself), IO binding (no gain over ``run``), graph optimisation without blocked layouts (2.8),
-``only_execute_path_to_fetches`` (skips nothing), deriving in threads (no gain).
+``only_execute_path_to_fetches`` (skips nothing), deriving in threads (no gain), three runs at once (slower).
 """
 
 from __future__ import annotations
