@@ -71,18 +71,15 @@ class Pieces:
 
     Args:
         model: is read when a piece runs: weights, and inputs added to nodes, count from then on.
-        batches: inputs.
         store: for what is alive; shared by several runs if wanted.
         wanted: values that are kept until ``release``, by name.
     """
 
-    def __init__(self, model: ir.Model, batches: Sequence[Feeds], store: Store, wanted: Iterable[str]) -> None:
+    def __init__(self, model: ir.Model, store: Store, wanted: Iterable[str]) -> None:
         self._model = model
         self._nodes = [node for node in model.graph if constant(node.outputs[0] if node.outputs else None) is None]
         self._store = store
         self._wanted = set(wanted)
-        #: how many batches
-        self.count = len(batches)
         self._at = 0
         self._last: dict[str, int] = {}
         for index, node in enumerate(self._nodes):
@@ -92,10 +89,24 @@ class Pieces:
         self.made = {str(spec.name): 0 for spec in input_specs(model)}
         for index, node in enumerate(self._nodes):
             self.made.update({str(value.name): index + 1 for value in node.outputs if value.name})
-        self._values: list[dict[str, Held]] = [
-            {name: store.put(np.asarray(array)) for name, array in feeds.items() if self._alive(name, 0)}
-            for feeds in batches
-        ]
+        self._values: list[dict[str, Held]] = []
+
+    @property
+    def count(self) -> int:
+        """How many batches there are."""
+        return len(self._values)
+
+    def feed(self, feeds: Feeds) -> None:
+        """Takes a batch of inputs in, before anything runs. Raises DataError where they are not those of the graph."""
+        inputs = {name for name, at in self.made.items() if at == 0}
+        if inputs != set(feeds):
+            raise DataError(
+                f"the samples have the inputs {', '.join(sorted(feeds)) or 'none'}, the graph takes "
+                f"{', '.join(sorted(inputs))}",
+                where=f"batch {self.count}",
+            )
+        kept = {name: array for name, array in feeds.items() if self._alive(name, 0)}
+        self._values.append({name: self._store.put(np.asarray(array)) for name, array in kept.items()})
 
     def advance(self, name: str) -> None:
         """Runs as far as the node that makes a value. Raises RunFailed, InvalidInput, CompileFailed."""

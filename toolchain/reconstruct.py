@@ -141,9 +141,6 @@ def reconstruct(
         StorageError: no space for activations.
     """
     ridges = _ridges(method, ridge)
-    batches = [dict(feeds) for feeds in samples]
-    if not batches:
-        raise DataError("there are no samples to reconstruct on", hint="give at least 64; 256 to 1,000 are usual")
     if max_rows < 2:
         raise GraphError(f"max_rows is {max_rows}", hint="some thousands at least")
     try:
@@ -156,8 +153,14 @@ def reconstruct(
     names, rng = Names(pruned), np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="toolchain-") as folder:
         store = Store(Path(folder), memory)
-        mine = Pieces(pruned, batches, store, ())
-        theirs = Pieces(whole, batches, store, {layer.target for layer in layers})
+        mine, theirs = Pieces(pruned, store, ()), Pieces(whole, store, {layer.target for layer in layers})
+        count = 0
+        for feeds in samples:
+            mine.feed(feeds)
+            theirs.feed(feeds)
+            count += len(next((a for a in feeds.values() if np.ndim(a)), [0]))
+        if not mine.count:
+            raise DataError("there are no samples to reconstruct on", hint="give at least 64; 256 to 1,000 are usual")
         left = [layer.target for layer in layers]
         for done, layer in enumerate(layers):
             mine.advance(layer.source)
@@ -165,9 +168,11 @@ def reconstruct(
                 mine.advance(layer.other)
             theirs.advance(layer.target)
             halves = _moments(layer, mine, theirs, removed, max_rows, rng)
-            found = _fit(layer, halves, ridges)
-            power = sum(half.power for half in halves) / len(halves) or 1.0
-            if found.before <= _EXACT * power:
+            found = _fit(layer, halves, ridges) if halves else None
+            power = sum(half.power for half in halves) / max(len(halves), 1) or 1.0
+            if found is None:
+                declined.append(Declined(label(layer.node), "the samples have too few places to fit it on"))
+            elif found.before <= _EXACT * power:
                 declined.append(Declined(label(layer.node), "it gives what the dense graph does already"))
             elif found.after < found.before:
                 _write(pruned, layer, found, names)
@@ -186,7 +191,6 @@ def reconstruct(
             if layer.target not in left:
                 theirs.release([layer.target])
             on_progress(done + 1, len(layers))
-    count = sum(len(next((a for a in feeds.values() if np.ndim(a)), [0])) for feeds in batches)
     return Reconstruction(tuple(fitted), tuple(declined), count)
 
 
@@ -285,7 +289,7 @@ def _moments(
     max_rows: int,
     rng: np.random.Generator,
 ) -> list[Moments]:
-    """The sums over the rows of two halves of the samples, of one where there is one sample."""
+    """The sums over the rows of two halves of the samples: of one where there is one sample, none of too few rows."""
     node, shape = layer.node, layer.linear.weight.shape
     kernel = tuple(layer.node.inputs[1].shape)[2:] if node.op_type == "Conv" else ()  # type: ignore[union-attr, arg-type]
     axis = 1 if node.op_type == "Conv" else -1
@@ -316,10 +320,7 @@ def _moments(
                 if part.any():
                     half.add(left[part], right[part])
         first += len(x)
-    full = [half for half in halves if half.count > 1]
-    if not full:
-        raise DataError("the samples have too few places to fit a layer on", where=label(node), hint="give more")
-    return full
+    return [half for half in halves if half.count > 1]
 
 
 def _fit(layer: _Layer, halves: Sequence[Moments], ridges: Sequence[float]) -> Solution:

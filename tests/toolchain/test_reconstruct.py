@@ -220,6 +220,10 @@ def test_rubbish_is_refused() -> None:
     feeds = batches(2, 6, 9, 8)
     with pytest.raises(DataError, match="no samples"):
         reconstruct(dense, pruned, [])
+    with pytest.raises(DataError, match="have the inputs z, the graph takes x"):
+        reconstruct(dense, pruned, [{"z": feeds[0]["x"]}])
+    few = reconstruct(dense, pruned.clone(), [{"x": feeds[0]["x"][:1]}])
+    assert [each.reason for each in few.declined][-1] == "the samples have too few places to fit it on"
     with pytest.raises(GraphError, match="ridge is -1"):
         reconstruct(dense, pruned, feeds, ridge=-1)
     with pytest.raises(GraphError, match="no method 'magic'"):
