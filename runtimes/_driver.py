@@ -57,7 +57,9 @@ def ask(cuda: Any) -> Driver:
     version = (number.value // 1000, number.value % 1000 // 10)
     status = cuda.cuInit(0)
     if status:
-        reason = "the NVIDIA driver finds no GPU" if status == _NO_DEVICE else f"the NVIDIA driver fails: error {status}"
+        reason = (
+            "the NVIDIA driver finds no GPU" if status == _NO_DEVICE else f"the NVIDIA driver fails: error {status}"
+        )
         return Driver(version, (), reason)
     cuda.cuDeviceGetCount(ctypes.byref(number))
     gpus = []
