@@ -17,7 +17,7 @@ from passes._channel_blocks import Block
 from passes._channel_groups import Group
 from passes._graph import constant, given, is_op
 from passes._linear import LINEAR
-from passes.base import label
+from passes.base import labels
 
 #: channels that a convolution of ONNX Runtime computes at a time
 BLOCK = 16
@@ -58,7 +58,7 @@ class Prices:
     Args:
         model: the whole graph, prepared as ``passes.prune_channels.prepare`` does.
         groups: from ``find_groups``.
-        costs: of its nodes by label, in any unit; nodes that are not named cost nothing.
+        costs: of its nodes, as ``passes.base.labels`` names them, in any unit; nodes that are not named cost nothing.
         blocks: residual blocks that may go as a whole; each counts as one channel of its name.
         stepped: whether costs rise in steps of ``BLOCK`` channels, as times do.
     """
@@ -83,8 +83,8 @@ class Prices:
         for block in blocks:
             for node in (block.end, *block.nodes):
                 inside.setdefault(node, []).append(block.name)
-        for node in model.graph:
-            cost = costs.get(label(node), 0.0)
+        for node, text in labels(model.graph).items():
+            cost = costs.get(text, 0.0)
             if not cost:
                 continue
             axes = tuple(
