@@ -25,7 +25,7 @@ import onnx_ir.passes.common
 
 from passes._graph import attribute_int, attribute_ints, constant, dims, given, scalar
 from passes._shapes import infer_shapes
-from passes.base import PassFailed, in_standard_domain, label
+from passes.base import PassFailed, in_standard_domain, labels
 
 Shape = tuple[int, ...]
 #: elements move, nothing is computed
@@ -49,7 +49,7 @@ class NodeCost:
     """What one node costs; None where a shape is not known.
 
     Attributes:
-        node, op_type: the node, as ``passes.base.label`` names it.
+        node, op_type: the node, as ``passes.base.labels`` names it.
         output: the shape of its first output.
         parameters: elements of the weights that it reads and no node before it does.
         weight_bytes: of all the weights that it reads.
@@ -114,10 +114,10 @@ def model_cost(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = Non
     live = _live_bytes(graph.graph)
     counted: set[ir.Value] = set()
     nodes = []
-    for node in graph.graph:
+    for node, text in labels(graph.graph).items():
         if node.op_type == "Constant" and in_standard_domain(node):
             continue
-        nodes.append(_node_cost(node, counted, live.get(node)))
+        nodes.append(_node_cost(node, text, counted, live.get(node)))
     known = [(node.live_bytes, node.node) for node in nodes if node.live_bytes is not None]
     complete = len(known) == len(nodes)
     peak, where = max(known, key=lambda pair: pair[0], default=(0, None)) if complete else (None, None)
@@ -213,7 +213,7 @@ def _bytes_of(value: ir.Value) -> int:
     return math.ceil(elements * (value.dtype.bitwidth if value.dtype is not None else 32) / 8)
 
 
-def _node_cost(node: ir.Node, counted: set[ir.Value], live: int | None) -> NodeCost:
+def _node_cost(node: ir.Node, text: str, counted: set[ir.Value], live: int | None) -> NodeCost:
     nodes = [node, *_inside(node)]
     weights = {value for each in nodes for value in each.inputs if value is not None and _is_weight(value)}
     new = weights - counted
@@ -222,7 +222,7 @@ def _node_cost(node: ir.Node, counted: set[ir.Value], live: int | None) -> NodeC
     activations = [v for v in (*node.inputs, *node.outputs) if v is not None and v.name and constant(v) is None]
     known = all(_elements(value) is not None for value in activations)
     return NodeCost(
-        label(node),
+        text,
         node.op_type if in_standard_domain(node) else f"{node.domain}.{node.op_type}",
         _shape(node.outputs[0]) if node.outputs else None,
         sum(_elements(value) or 0 for value in new),

@@ -12,9 +12,10 @@ what it did and what it declined. It keeps three promises that the toolchain bui
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -86,6 +87,16 @@ def label(node: ir.Node) -> str:
         return node.name
     first = next((v.name for v in node.outputs if v.name), "?")
     return f"{node.op_type} -> {first}"
+
+
+def labels(nodes: Iterable[ir.Node]) -> dict[ir.Node, str]:
+    """``label`` of each, and where several have the same one, their first outputs besides: for tables by name."""
+    found = {node: label(node) for node in nodes}
+    counts = collections.Counter(found.values())
+    return {
+        node: text if counts[text] == 1 else f"{text} -> {next((v.name for v in node.outputs if v.name), '?')}"
+        for node, text in found.items()
+    }
 
 
 def graphs(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:

@@ -147,7 +147,8 @@ class Shared:
 
     def restored(self) -> np.ndarray:
         """The weight, float32: each element's value times its channel's scale."""
-        return self.values[self.codes] * _along(self.scales, self.codes.ndim, self.axis)
+        weight: np.ndarray = self.values[self.codes] * _along(self.scales, self.codes.ndim, self.axis)
+        return weight
 
 
 def encode(model: ir.Model, path: Path, *, codec: Codec = "kmeans", levels: int = 16, smallest: int = 1024) -> Encoded:
@@ -296,7 +297,7 @@ def quantise(data: np.ndarray, *, codec: Codec = "kmeans", levels: int = 16, axi
     scales = np.where(scales >= _SMALLEST_SCALE, scales, 1.0).astype(np.float32)
     flat = (numbers / _along(scales, data.ndim, axis)).reshape(-1)
     if codec == "log":
-        values = _powers(flat, levels)
+        values = _powers(levels)  # the largest of each channel is nearest to 1 times its scale
     else:
         values = _kmeans(flat[flat != 0], levels - 1 if (flat == 0).any() else levels)
         if (flat == 0).any():
@@ -316,7 +317,8 @@ def _along(scales: np.ndarray, ndim: int, axis: int) -> np.ndarray:
 
 def float_file(model: ir.Model) -> bytes:
     """The model as one ONNX file, to compare sizes with. Raises InvalidInput where its weights do not fit into one."""
-    return _proto_of(model).SerializeToString()
+    file: bytes = _proto_of(model).SerializeToString()
+    return file
 
 
 def compressed(raw: bytes) -> tuple[str, int]:
@@ -346,22 +348,18 @@ def _why_not(data: np.ndarray, smallest: int) -> str | None:
     return None if np.isfinite(data.astype(np.float32)).all() else "it holds numbers that are not finite"
 
 
-def _powers(flat: np.ndarray, levels: int) -> np.ndarray:
-    """Zero and the powers of two up to the one nearest the largest magnitude."""
-    largest = np.abs(flat).max(initial=0)
-    if not largest:
-        return np.zeros(1, np.float32)
-    top = float(_nearest_power(largest))
-    powers = 2.0 ** np.arange(top, top - (levels - 1) // 2, -1, dtype=np.float64)
-    powers = powers[powers >= float(np.finfo(np.float32).tiny)]
+def _powers(levels: int) -> np.ndarray:
+    """Zero and the powers of two from 1 down, of both signs."""
+    powers = 2.0 ** -np.arange((levels - 1) // 2, dtype=np.float64)
     return np.concatenate([-powers, [0.0], powers[::-1]]).astype(np.float32)
 
 
 def _nearest_power(magnitude: np.ndarray) -> np.ndarray:
     """The exponent of the power of two that is nearest; of zero a very small one."""
     # a power is nearest from three quarters of it on
-    exponents: np.ndarray = np.floor(np.log2(np.maximum(magnitude, _SMALLEST_SCALE / 2) / 1.5)) + 1
-    return exponents
+    exponents = np.floor(np.log2(np.maximum(magnitude, _SMALLEST_SCALE / 2) / 1.5)) + 1
+    held: np.ndarray = np.minimum(exponents, 127)  # float32 holds no larger power
+    return held
 
 
 def _kmeans(flat: np.ndarray, levels: int) -> np.ndarray:

@@ -25,7 +25,7 @@ import onnx
 import onnx_ir as ir
 
 from passes._linear import LINEAR
-from passes.base import label
+from passes.base import labels
 from runtimes import RunFailed
 from toolchain import child
 from toolchain.model_cost import feeds_of
@@ -43,7 +43,8 @@ class LayerTime:
     """The time of a node, with what was fused into it.
 
     Attributes:
-        node, op_type: of the given graph.
+        node: of the given graph, as ``passes.base.labels`` names it.
+        op_type: of that node.
         milliseconds: median over runs.
         ran_as: the ops of the runtime that did it, in order.
     """
@@ -143,8 +144,9 @@ def _by_layer(
             ops.setdefault(lead, []).append(op_type)
         elif name in main or op_type in unnamed:  # else in a subgraph, whose time is that of the node that holds it
             overhead += milliseconds
+    named = labels(given)
     layers = tuple(
-        LayerTime(label(given[index]), given[index].op_type, times[index], tuple(ops[index])) for index in sorted(times)
+        LayerTime(named[given[index]], given[index].op_type, times[index], tuple(ops[index])) for index in sorted(times)
     )
     return LayerTimes(layers, overhead, found["total_ms"], found["runs"])
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from passes._graph import attribute_int, constant, given, is_op
 from passes._linear import LINEAR
-from passes.base import label
+from passes.base import labels
 from passes.factorize_low_rank import InputMoments
 from passes.prune_weights import InputNorms
 from toolchain.errors import DataError, GraphError
@@ -62,7 +62,7 @@ def _gathered(
     on_progress: Callable[[int], None],
 ) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, tuple[str, int]]]:
     """Sums of ``of_rows`` (rows float32 [n, channels], to anything that can be added), by value; how many rows; and for
-    each layer, by its label, the value that it reads and the axis of its channels."""
+    each layer, as ``passes.base.labels`` names it, the value that it reads and the axis of its channels."""
     layers = _layers(model)
     if not layers:
         raise GraphError("the graph has no layer with a constant weight", hint="there is nothing to gather")
@@ -92,7 +92,7 @@ def _gathered(
 
 def _layers(model: ir.Model) -> dict[str, tuple[str, int]]:
     found = {}
-    for node in model.graph:
+    for node, text in labels(model.graph).items():
         source = given(node, 0)
         if not is_op(node, *LINEAR) or source is None or constant(given(node, 1)) is None:
             continue
@@ -100,5 +100,5 @@ def _layers(model: ir.Model) -> dict[str, tuple[str, int]]:
             continue
         turned = node.op_type == "Gemm" and attribute_int(node, "transA", 0)
         channels = 1 if node.op_type in ("Conv", "ConvTranspose") else (0 if turned else -1)
-        found[label(node)] = (str(source.name), channels)
+        found[text] = (str(source.name), channels)
     return found

@@ -255,8 +255,9 @@ def bench_section(report: BenchReport, *, title: str) -> Rows:
 
 
 def notes(report: BuildReport) -> list[str]:
-    """What no table says: why a benchmark row may not be quoted, what the runtime remarked, where it was measured."""
+    """What no table says: remarks of passes and runtimes, why a row may not be quoted, where it was measured."""
     lines = [] if report.prune is None else prune_notes(report.prune)
+    lines += [f"{p.name}: {remark}" for p in report.passes for remark in p.remarks]
     for variant in report.variants:
         bench = variant.benchmark
         if variant.remark:

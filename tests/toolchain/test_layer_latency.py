@@ -12,6 +12,7 @@ from toolchain_support import conv_net
 import passes
 import runtimes
 from toolchain.layer_latency import layer_latency
+from toolchain.model_cost import cost_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,6 +50,9 @@ def test_names_that_are_missing_or_double_and_a_loop() -> None:
         node.name = "same"
     found = layer_latency(ir.from_proto(proto), runs=4)
     assert [layer.op_type for layer in found.layers] == ["Relu", "Loop", "Sigmoid"]
+    assert [layer.node for layer in found.layers] == ["same -> a", "same -> b", "same -> y"]
+    cost = cost_of(ir.from_proto(proto), dims={"N": 2})
+    assert [node.node for node in cost.nodes] == [layer.node for layer in found.layers], "the two are joined by name"
     assert found.overhead_ms <= found.total_ms, "what runs in the loop is in the loop's own time"
 
 

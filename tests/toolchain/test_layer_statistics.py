@@ -49,6 +49,20 @@ def test_by_hand() -> None:
         np.testing.assert_allclose(np.diag(moments["MatMul -> y"]) * 7, norms["MatMul -> y"] ** 2, rtol=1e-4)
 
 
+def test_layers_of_one_name_are_not_taken_for_each_other() -> None:
+    x = [{"x": np.random.default_rng(1).standard_normal((7, 4, 5, 5)).astype(np.float32)}]
+    net = model()
+    for node in net.graph:
+        node.name = "same"
+    norms, moments = input_norms(net, x), input_moments(net, x)
+    assert list(norms.norms) == ["same -> c", "same -> y"]
+    # the passes go by names that a person sees, and decline what is ambiguous
+    outcome = PruneWeights(method="wanda", norms=norms)(net)
+    assert (outcome.fired, len(outcome.declined)) == (0, 2)
+    outcome = FactorizeLowRank(ratio=0.6, moments=moments)(net)
+    assert (outcome.fired, len(outcome.declined)) == (0, 2)
+
+
 def test_the_passes_take_them() -> None:
     x = [{"x": np.random.default_rng(1).standard_normal((7, 4, 5, 5)).astype(np.float32)}]
     net = model()
