@@ -5,11 +5,20 @@ from __future__ import annotations
 import os
 import sys
 
+#: Commands that move files about: without what builds them they take a third of the memory.
+_LIGHT = ("bundle", "install", "rollback", "compile-on-device")
+
 
 def main() -> None:
     """Runs the command and exits: 0, or 2 for a mistake, 130 after Ctrl-C, 1 for a defect."""
+    arguments = sys.argv[1:]
     try:
-        from toolchain import cli
+        from toolchain import console
+
+        if arguments[:1] and arguments[0] in _LIGHT:
+            from toolchain.cli_bundle import bundling as app
+        else:
+            from toolchain.cli import app
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before anything was begun\n")
         sys.exit(130)
@@ -22,7 +31,7 @@ def main() -> None:
             "  next: pip install 'onnx-toolchain[build]'\n"
         )
         sys.exit(2)
-    code = cli.run(sys.argv[1:])
+    code = console.run_app(app, arguments)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # its reader may have gone, as in `| head`
             stream.flush()

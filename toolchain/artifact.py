@@ -14,8 +14,9 @@ from typing import Any
 import runtimes
 from runtimes import package
 from runtimes._manifest import SCHEMA
+from toolchain.as_json import from_json
 from toolchain.errors import StorageError
-from toolchain.report import BuildReport, from_json
+from toolchain.report import BuildReport
 from toolchain.storage import replacing_directory, reported
 
 #: Where the exported model lies in an artifact.

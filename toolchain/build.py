@@ -11,6 +11,7 @@ from pathlib import Path
 import runtimes
 from toolchain import calibration_file
 from toolchain.artifact import CALIBRATION, Variant, read_report, write_artifact
+from toolchain.as_json import dumps, from_json, to_json
 from toolchain.cache import Cache
 from toolchain.compile import session_options
 from toolchain.errors import FidelityError, GraphError
@@ -24,7 +25,7 @@ from toolchain.optimize import PassReport
 from toolchain.progress import Status, silent
 from toolchain.recipe import Recipe, dump
 from toolchain.render import html
-from toolchain.report import BuildReport, VariantReport, dumps, from_json, to_json
+from toolchain.report import BuildReport, VariantReport
 from toolchain.selftest import KEY, make_selftest
 from toolchain.targets import cannot_run, float_precision, ranked
 

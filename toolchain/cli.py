@@ -20,7 +20,8 @@ from toolchain.cli_debug import debugging
 from toolchain.cli_look import looking
 from toolchain.cli_prune import pruning
 from toolchain.errors import RecipeError
-from toolchain.render import bench_section, comparison_table, decibels, percent, show, table
+from toolchain.render import bench_section, comparison_table, show
+from toolchain.tables import decibels, percent, table
 
 app = typer.Typer(
     name="toolchain",
@@ -420,21 +421,3 @@ def _version(asked: bool) -> None:
     if asked:
         console.out.print(importlib.metadata.version("onnx-toolchain"))
         raise typer.Exit
-
-
-def run(arguments: list[str]) -> int:
-    """Runs a command line and returns the exit code. ``--debug`` may stand anywhere in it."""
-    debug = "--debug" in arguments
-    rest = [argument for argument in arguments if argument != "--debug"]
-    return console.run(lambda: _invoke(rest), debug=debug)
-
-
-def _invoke(arguments: list[str]) -> None:
-    # standalone, so that wrong usage is reported in typer's own way, with exit code 2; a finished command exits with 0
-    try:
-        app(arguments, prog_name="toolchain")
-    except SystemExit as done:
-        if done.code == 130:  # typer's own way of ending after Ctrl-C, without a word
-            raise KeyboardInterrupt from done
-        if done.code not in (0, None):
-            raise console.Exit(done.code if isinstance(done.code, int) else 1) from done

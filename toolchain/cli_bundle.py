@@ -12,10 +12,10 @@ from runtimes import install as installing
 from toolchain import console
 from toolchain.bundle import bundle as make_bundle
 from toolchain.platforms import PLATFORMS
-from toolchain.render import table
 from toolchain.signing import SigningKey
+from toolchain.tables import table
 
-bundling = typer.Typer()
+bundling = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 Json = Annotated[bool, typer.Option("--json", help="print the result as one line of JSON")]
 Root = Annotated[Path, typer.Argument(help="the folder of versions", show_default=False)]

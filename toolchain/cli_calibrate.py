@@ -21,7 +21,7 @@ from toolchain.errors import CalibrationError, DataError
 from toolchain.evaluate import input_specs
 from toolchain.onnx_file import read_onnx
 from toolchain.preprocessing import ImagePreprocessing
-from toolchain.render import table
+from toolchain.tables import table
 from toolchain.tensorrt_cache import read_tensorrt_cache, write_tensorrt_cache
 from toolchain.zoo import ZOO
 

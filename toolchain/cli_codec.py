@@ -14,8 +14,8 @@ from toolchain import codecs, console
 from toolchain.evaluate import input_specs, run_reference
 from toolchain.metrics import TensorError, tensor_error
 from toolchain.onnx_file import read_onnx, write_onnx
-from toolchain.render import Rows, decibels, megabytes, table
 from toolchain.seeded import seeded_inputs
+from toolchain.tables import Rows, decibels, megabytes, table
 
 coding = typer.Typer()
 

@@ -27,8 +27,8 @@ from toolchain.onnx_file import read_onnx
 from toolchain.optimize import optimize
 from toolchain.preprocessing import ImagePreprocessing
 from toolchain.recipe import Recipe, from_dict
-from toolchain.render import table
 from toolchain.seeded import seeded_inputs
+from toolchain.tables import table
 
 debugging = typer.Typer()
 debug = typer.Typer(help="Looks into an artifact layer by layer.", no_args_is_help=True)

@@ -18,11 +18,11 @@ import runtimes
 from passes._graph import constant
 from runtimes import package
 from toolchain import console, models
+from toolchain.as_json import to_json
 from toolchain.cache import Cache, Entry
 from toolchain.doctor import diagnose
 from toolchain.recipe import commented, from_dict
-from toolchain.render import Rows, megabytes, table
-from toolchain.report import to_json
+from toolchain.tables import Rows, megabytes, table
 
 looking = typer.Typer()
 Json = Annotated[bool, typer.Option("--json", help="print the result as one line of JSON")]

@@ -18,9 +18,10 @@ from toolchain.evaluate import class_count, input_specs
 from toolchain.masks import write_masks
 from toolchain.onnx_file import read_onnx, write_onnx
 from toolchain.recipe import Prune, Recipe
-from toolchain.render import prune_notes, prune_sections, table
+from toolchain.render import prune_notes, prune_sections
 from toolchain.samples import Batch
 from toolchain.seeded import seeded_inputs
+from toolchain.tables import table
 
 pruning = typer.Typer()
 

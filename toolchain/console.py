@@ -13,9 +13,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
 from runtimes import Error
+from toolchain.as_json import dumps
 from toolchain.errors import RecipeError
 from toolchain.progress import Status, silent
-from toolchain.report import dumps
 from toolchain.storage import REASONS
 
 #: Results go to standard output, everything else to standard error, so that a pipe gets results only.
@@ -65,6 +65,24 @@ class Exit(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
+
+
+def run_app(app: Callable[..., Any], arguments: list[str]) -> int:
+    """Runs a command line of a typer app and returns the exit code. ``--debug`` may stand anywhere in it."""
+    debug = "--debug" in arguments
+    rest = [argument for argument in arguments if argument != "--debug"]
+    return run(lambda: _invoke(app, rest), debug=debug)
+
+
+def _invoke(app: Callable[..., Any], arguments: list[str]) -> None:
+    # standalone, so that wrong usage is reported in typer's own way, with exit code 2; a finished command exits with 0
+    try:
+        app(arguments, prog_name="toolchain")
+    except SystemExit as done:
+        if done.code == 130:  # typer's own way of ending after Ctrl-C, without a word
+            raise KeyboardInterrupt from done
+        if done.code not in (0, None):
+            raise Exit(done.code if isinstance(done.code, int) else 1) from done
 
 
 def run(command: Callable[[], Any], *, debug: bool) -> int:

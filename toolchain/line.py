@@ -25,6 +25,7 @@ import runtimes
 from passes._quant import Calibration
 from toolchain import calibration_file, models, targets
 from toolchain.artifact import check_destination
+from toolchain.as_json import dumps, from_json
 from toolchain.bounds import float_bound
 from toolchain.cache import Cache, digest_of
 from toolchain.calibration import calibrate
@@ -39,7 +40,7 @@ from toolchain.progress import Status
 from toolchain.prune_account import Given, PruneReport
 from toolchain.pruning import prune
 from toolchain.recipe import Recipe
-from toolchain.report import StageReport, dumps, from_json
+from toolchain.report import StageReport
 from toolchain.samples import Batch
 from toolchain.seeded import seeded_inputs
 from toolchain.verify import compare, require

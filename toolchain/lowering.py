@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import runtimes
+from toolchain.as_json import dumps, from_json
 from toolchain.cache import digest_of
 from toolchain.data import Batch
 from toolchain.evaluate import reference_session
@@ -18,7 +19,6 @@ from toolchain.lower import BY_PASS, INT8_FP16, TUNED, lower_by_pass, tuned
 from toolchain.machine import cpu_model
 from toolchain.onnx_file import write_onnx
 from toolchain.quantization import Int8Report, Tools, quantise_within_budget
-from toolchain.report import dumps, from_json
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 import runtimes
 from toolchain.artifact import Variant
+from toolchain.as_json import dumps, from_json
 from toolchain.benchmark import BenchReport, Comparison, Plan, Subject, benchmark, compare_latency
 from toolchain.bounds import bound as bound_of
 from toolchain.cache import digest_of
@@ -27,7 +28,7 @@ from toolchain.line import Line
 from toolchain.lowering import Lowered
 from toolchain.machine import cpu_model, usable_cores
 from toolchain.recipe import Recipe, SessionConfig
-from toolchain.report import StageReport, VariantReport, dumps, from_json
+from toolchain.report import StageReport, VariantReport
 from toolchain.targets import cannot_run
 from toolchain.verify import Accuracy, Fidelity, compare, measure_accuracy, require
 

@@ -9,7 +9,8 @@ import pytest
 from prune_nets import images, residual_net
 from toolchain_support import toolchain, toolchain_json
 
-from toolchain.cli import run
+from toolchain.cli import app
+from toolchain.console import run_app
 from toolchain.onnx_file import read_onnx, write_onnx
 
 
@@ -34,8 +35,8 @@ def test_a_smaller_file_and_its_account() -> None:
 
 def test_masks_go_out_and_come_back() -> None:
     arguments = ["prune", "net.onnx", "--method", "weights"]
-    assert run([*arguments, "-o", "a.onnx", "--ratio", "0.5", "--save-masks", "masks.npz"]) == 0
-    assert run([*arguments, "-o", "b.onnx", "--masks", "masks.npz"]) == 0
+    assert run_app(app, [*arguments, "-o", "a.onnx", "--ratio", "0.5", "--save-masks", "masks.npz"]) == 0
+    assert run_app(app, [*arguments, "-o", "b.onnx", "--masks", "masks.npz"]) == 0
     a, b = (read_onnx(Path(f"{name}.onnx")).graph.initializers for name in "ab")
     for name, value in a.items():
         other = b[name].const_value
@@ -54,7 +55,7 @@ def test_a_training_loop_gets_the_pruned_graph() -> None:
         "        for parameter in module.parameters():\n"
         "            parameter.mul_(0)\n"
     )
-    assert run(["prune", "net.onnx", "-o", "out.onnx", "--ratio", "0.25", "--finetune", "train.py:loop"]) == 0
+    assert run_app(app, ["prune", "net.onnx", "-o", "out.onnx", "--ratio", "0.25", "--finetune", "train.py:loop"]) == 0
     head = read_onnx(Path("out.onnx")).graph.initializers["head"].const_value
     assert head is not None
     assert head.numpy().shape == (5, 12)
@@ -83,13 +84,13 @@ def test_a_training_loop_gets_the_pruned_graph() -> None:
 def test_refused_and_nothing_written(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez("shape.npz", one_a=np.ones((3, 3), np.bool_))
     before = sorted(Path().iterdir())
-    assert run(["prune", "net.onnx", "-o", "out.onnx", *arguments.split()]) == 2
+    assert run_app(app, ["prune", "net.onnx", "-o", "out.onnx", *arguments.split()]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert sorted(Path().iterdir()) == before
 
 
 def test_the_model_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     before = Path("net.onnx").read_bytes()
-    assert run(["prune", "net.onnx", "-o", "net.onnx", "--ratio", "0.3"]) == 2
+    assert run_app(app, ["prune", "net.onnx", "-o", "net.onnx", "--ratio", "0.3"]) == 2
     assert "would replace the model" in capsys.readouterr().err
     assert Path("net.onnx").read_bytes() == before

@@ -23,7 +23,9 @@ from toolchain_support import conv_net, save
 import runtimes
 from passes._quant import Calibration, TensorRange
 from runtimes import Compiled, Target
-from toolchain import cli, engine_debug
+from toolchain import engine_debug
+from toolchain.cli import app
+from toolchain.console import run_app
 from toolchain.engine_debug import comparable, compare, debug_engine, mark, read_layers
 from toolchain.errors import DataError
 from toolchain.evaluate import typed
@@ -253,7 +255,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     require_rtx()
     folder = tmp_path_factory.mktemp("engine")
     model = save(conv_net(), folder / "net.onnx")
-    done = cli.run(["build", str(model), "--target", str(RTX), "--precision", "fp32", "-o", str(folder / "art")])
+    done = run_app(app, ["build", str(model), "--target", str(RTX), "--precision", "fp32", "-o", str(folder / "art")])
     assert done == 0
     return folder / "art"
 
@@ -263,7 +265,7 @@ def test_the_command_without_a_gpu_says_so(artifact: Path, capsys: pytest.Captur
     state = runtimes.backend("tensorrt-rtx").can_run(RTX)
     if state.available:
         pytest.skip("there is a GPU here")
-    assert cli.run(["debug", "engine", str(artifact)]) == 2
+    assert run_app(app, ["debug", "engine", str(artifact)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert (state.reason or "?") in err
@@ -281,7 +283,7 @@ def test_the_command_shows_what_was_found(
 
     monkeypatch.setattr(type(runtimes.backend("tensorrt-rtx")), "load", load)
     capsys.readouterr()
-    assert cli.run(["debug", "engine", str(artifact), "--layers", "--limit", "2", "--trust", "--json"]) == 0
+    assert run_app(app, ["debug", "engine", str(artifact), "--layers", "--limit", "2", "--trust", "--json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
     assert found["samples"] == 2
@@ -293,7 +295,7 @@ def test_the_command_shows_what_was_found(
     assert shipped.trusted
     assert shipped.directory.parent == artifact.resolve()
     assert again.fingerprint["plan_sha256"] != shipped.fingerprint["plan_sha256"]
-    assert cli.run(["debug", "engine", str(artifact), "--layers"]) == 0
+    assert run_app(app, ["debug", "engine", str(artifact), "--layers"]) == 0
     text = capsys.readouterr().out
     assert "outputs against ONNX Runtime" in text
     assert "tensors where the most noise comes in" in text
@@ -306,15 +308,15 @@ def test_the_command_shows_what_was_found(
 def test_what_the_command_refuses(
     artifact: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert cli.run(["debug", "engine", str(artifact), *arguments]) == 2
+    assert run_app(app, ["debug", "engine", str(artifact), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_an_artifact_without_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save(conv_net(), tmp_path / "net.onnx")
-    assert cli.run(["build", str(model), "-o", str(tmp_path / "art")]) == 0
+    assert run_app(app, ["build", str(model), "-o", str(tmp_path / "art")]) == 0
     capsys.readouterr()
-    assert cli.run(["debug", "engine", str(tmp_path / "art")]) == 2
+    assert run_app(app, ["debug", "engine", str(tmp_path / "art")]) == 2
     error = capsys.readouterr().err
     assert "no TensorRT engine" in error
     assert "ort-cpu-fp32 (ort-cpu)" in error
