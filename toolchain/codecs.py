@@ -10,7 +10,7 @@ wire only: ``decode`` gives an ordinary float model, as fast and as large as bef
 Each output channel has a scale: channels that differ by orders of magnitude, as folded BatchNormalization leaves them
 in depthwise convolutions, else share values that suit the largest only. kmeans divides by the largest magnitude of a
 channel: by the root mean square the few large weights are far from all values, and the error at 256 values was measured
-1.5 to 3 times as large, that of the worst channel 6 times and more. log divides by the power of two nearest to that magnitude.
+1.5 to 3 times as large, that of the worst channel 6 times and more. log divides by the power of two nearest to that.
 
 The file, integers little-endian::
 

@@ -131,3 +131,14 @@ def test_a_lossy_pass_is_compared_and_not_refused_and_its_remark_is_reported() -
     assert report.nmse is not None
     assert report.nmse > 1e-4
     assert "do not make a dense runtime faster" in report.remarks[0]
+
+
+def test_remarks_are_shown_in_the_report() -> None:
+    from toolchain.optimize import PassReport
+    from toolchain.render import html, notes
+    from toolchain.report import BuildReport
+
+    done = PassReport("prune_weights", {}, True, 1, 1, 1, 0.1, (), remarks=("zeros save no time",))
+    report = BuildReport("net", "net.onnx", {"kind": "file"}, (), 17, {}, 0, (done,), (), ())
+    assert notes(report) == ["prune_weights: zeros save no time"]
+    assert "zeros save no time" in html(report)
