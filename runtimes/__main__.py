@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
             lines, code = _doctor.report(parsed.path)
             _print(lines)
             return code
+        if parsed.command == "run" and parsed.output is not None:
+            _require_other(parsed.output, parsed.input)
         with runtimes.load(parsed.path, target=parsed.target, variant=parsed.variant) as session:
             if parsed.command == "info":
                 _print(_describe(parsed.path, session))
@@ -149,6 +152,14 @@ def _read(given: list[str], session: runtimes.Session) -> dict[str, np.ndarray]:
             with content:
                 feeds.update({key: content[key] for key in content.files})
     return feeds
+
+
+def _require_other(output: Path, inputs: list[str]) -> None:
+    """Refuses to write the outputs over an input."""
+    for text in inputs:
+        for name in (text, text.partition("=")[2]):
+            if name and os.path.exists(name) and output.exists() and os.path.samefile(name, output):
+                raise runtimes.InvalidInput("the output would replace an input", where=str(output))
 
 
 def _write(path: Path | None, outputs: dict[str, np.ndarray]) -> None:

@@ -40,12 +40,12 @@ class InstallFailed(Error):
 
 
 def installed(root: Path) -> list[int]:
-    """The numbers of all versions in a folder, ascending."""
+    """The numbers of all versions in a folder, ascending. A numbered folder that holds no artifact is none."""
     try:
         names = os.listdir(root)
     except OSError:
         return []
-    return sorted(int(name) for name in names if _NUMBER.fullmatch(name) and (root / name).is_dir())
+    return sorted(int(name) for name in names if _is_version(root / name))
 
 
 def current(root: Path) -> int | None:
@@ -65,11 +65,30 @@ def current(root: Path) -> int | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArtifact(
-            f"the pointer to the version in service cannot be read: {error}", where=str(path)
+            f"the pointer to the version in service cannot be read: {error}", where=str(path), hint=_repair(root)
         ) from None
-    if not _NUMBER.fullmatch(text) or not (root / text).is_dir():
-        raise InvalidArtifact(f"the pointer says {text[:64]!r}, which is no version here", where=str(path))
+    if not _is_version(root / text):
+        raise InvalidArtifact(
+            f"the pointer says {text[:64]!r}, which is no version here", where=str(path), hint=_repair(root)
+        )
     return int(text)
+
+
+def in_service(root: Path) -> int | None:
+    """``current``, or None too where the pointer is broken: for those who are about to mend it."""
+    try:
+        return current(root)
+    except InvalidArtifact:
+        return None
+
+
+def _repair(root: Path) -> str:
+    numbers = ", ".join(map(str, installed(root)))
+    return f"rollback --to N puts one of these into service: {numbers}" if numbers else "install a bundle"
+
+
+def _is_version(path: Path) -> bool:
+    return _NUMBER.fullmatch(path.name) is not None and (path / "manifest.json").is_file()
 
 
 def resolve(root: Path) -> Path:
@@ -89,7 +108,7 @@ def locked(root: Path) -> Iterator[None]:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        strange = sorted(name for name in os.listdir(root) if not _ours(name))
+        strange = sorted(name for name in os.listdir(root) if not _ours(root / name))
     except OSError as error:
         raise _cannot("install", root, error) from error
     if strange:
@@ -119,14 +138,22 @@ def working_folder(root: Path) -> Iterator[Path]:
 
 def add(root: Path, folder: Path, signature: bytes | None) -> tuple[int, list[int]]:
     """Gives a finished working folder the next number, and removes the versions that are above the one in service.
+    Where nothing says which is in service, all stay.
 
     Returns:
         The number, which is not in service yet, and those that were removed.
+
+    Raises:
+        InstallFailed: no number is left.
     """
     numbers = installed(root)
     number = max(numbers, default=0) + 1
-    serving = current(root) or 0
-    withdrawn = [one for one in numbers if one > serving]
+    if not _NUMBER.fullmatch(str(number)):
+        raise InstallFailed(
+            f"after version {numbers[-1]} there is no number left", where=str(root), hint="a new folder"
+        )
+    serving = in_service(root)
+    withdrawn = [] if serving is None else [one for one in numbers if one > serving]
     _retire(root, withdrawn)
     if signature is not None:
         write_through(root / f"{number}.sig", [signature])
@@ -181,10 +208,12 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _ours(name: str) -> bool:
+def _ours(path: Path) -> bool:
+    name = path.name
     return (
         name in (POINTER, _LOCK)
-        or _NUMBER.fullmatch(name.removesuffix(".sig")) is not None
+        or _is_version(path)
+        or (name.endswith(".sig") and _NUMBER.fullmatch(name[: -len(".sig")]) is not None)
         or name.startswith((_WORKING, _REMOVING, f".{POINTER}-"))
     )
 

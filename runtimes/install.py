@@ -123,6 +123,7 @@ def install(
     with open_bundle(bundle, limits=limits) as reader, _versions.locked(root), _failing(root):
         with _versions.working_folder(root) as folder:
             manifest, who = _checked(reader, signer)
+            _require_successor(root, manifest.name, signed=reader.signature is not None)
             _require_space(root, manifest)
             write_through(folder / MANIFEST, [reader.manifest])
             unpack(reader, manifest.files, folder)
@@ -131,6 +132,24 @@ def install(
                     if plan := variant.fingerprint.get("plan_sha256"):
                         _trust.note_signed(plan, who)
             return _into_service(root, folder, manifest.name, reader.signature, who, keep=keep, timeout_s=timeout_s)
+
+
+def _require_successor(root: Path, name: str, *, signed: bool) -> None:
+    """Refuses what cannot follow the version in service: another model, or a bundle without a signature after one
+    with it. Raises InstallFailed."""
+    serving = _versions.in_service(root)
+    if serving is None:
+        return
+    hint = "install it into a folder of its own"
+    before = read_package(root / str(serving)).name
+    if before != name:
+        raise InstallFailed(f"the folder holds versions of {before!r}, this is {name!r}", where=str(root), hint=hint)
+    if not signed and (root / f"{serving}.sig").exists():
+        raise InstallFailed(
+            f"version {serving}, which is in service, is signed, and this bundle is not",
+            where=str(root),
+            hint=f"sign it; or {hint}",
+        )
 
 
 def rollback(root: str | os.PathLike[str], *, to: int | None = None) -> Installed:
@@ -143,12 +162,19 @@ def rollback(root: str | os.PathLike[str], *, to: int | None = None) -> Installe
         InstallFailed: there is no such version, or none before; or another process is installing here.
     """
     root = Path(os.path.abspath(root))
-    serving = _versions.current(root)
-    if serving is None:
+    # A version that is named can be put into service whatever the pointer says, or where it is lost.
+    serving = _versions.current(root) if to is None else _versions.in_service(root)
+    if not _versions.installed(root):
         raise InvalidArtifact("nothing is installed there", where=str(root), hint="toolchain install BUNDLE --to ROOT")
+    if serving is None and to is None:
+        raise InvalidArtifact(
+            "nothing says which version is in service",
+            where=str(root),
+            hint=f"--to N, of {', '.join(map(str, _versions.installed(root)))}",
+        )
     with _versions.locked(root), _failing(root):
         numbers = _versions.installed(root)
-        older = [number for number in numbers if number < serving]
+        older = [number for number in numbers if serving is not None and number < serving]
         number = to if to is not None else max(older, default=None)
         if number is None or number not in numbers:
             raise InstallFailed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 
 # Before anything imports it: failed assertions of the contract then show their values.
 pytest.register_assert_rewrite("runtimes.testing")
+
+# A shell that starts us in the background has interrupts ignored, and children inherit that: then none could be sent.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 

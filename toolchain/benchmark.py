@@ -28,6 +28,8 @@ MAX_SPREAD = 0.25
 #: Beyond this the mean, and with it the throughput, is made by a few outliers.
 MAX_COV = 1.0
 _CONFIDENCE = 0.99
+#: Ratios of blocks that lie within so much of each other say that nothing disturbed them.
+_ALIKE = 0.1
 PERCENTILES = (50, 90, 95, 99)
 
 
@@ -136,6 +138,11 @@ class Comparison:
     ratio_low: float
     ratio_high: float
     blocks: int
+
+    @property
+    def decided(self) -> bool:
+        """Whether eight of ten blocks agree on which is faster, or on that neither is by more than a few percent."""
+        return self.ratio_high < 1 or self.ratio_low > 1 or self.ratio_high - self.ratio_low < _ALIKE
 
 
 def samples_needed(percentile: int) -> int:

@@ -12,6 +12,7 @@ import runtimes
 from toolchain import calibration_file
 from toolchain.artifact import CALIBRATION, Variant, read_report, write_artifact
 from toolchain.as_json import dumps, from_json, to_json
+from toolchain.benchmark import Comparison
 from toolchain.cache import Cache
 from toolchain.compile import session_options
 from toolchain.errors import FidelityError, GraphError
@@ -97,8 +98,13 @@ def _require(target: runtimes.Target, recipe: Recipe) -> None:
         TargetUnavailable: the runtime does not work here, or does not know the device.
         InvalidInput: an option that it does not have.
     """
-    for name in recipe.options:
+    for name, values in recipe.options.items():
+        if ":" in name:
+            raise runtimes.InvalidInput(
+                f"options go by runtime, not by device: {name!r}", hint=f"write {name.partition(':')[0]}"
+            )
         runtimes.backend(name)  # the nearest names, where there is no such runtime
+        session_options(runtimes.Target(name), values)
     session_options(target, session_values(recipe, target))
     state = runtimes.backend(target.runtime).can_compile(target)
     if not state.available:
@@ -147,11 +153,12 @@ def _variants(line: Line, target: runtimes.Target) -> list[_Pair]:
     if cannot_run(target) is not None:
         return [quantised] if precision == "int8" else [quantised, measured(plain)]
     float_graph = lower(line, target, plain)
-    ratio = compared(
-        line, compile_variant(line, quantised[2], target), compile_variant(line, float_graph, target)
-    ).ratio
+    found = compared(line, compile_variant(line, quantised[2], target), compile_variant(line, float_graph, target))
+    ratio = found.ratio
     name = {"fp32": "float32", "fp16": "float16"}[plain]
     remark = f"INT8 takes {ratio:.2f} x the time of {name}, measured turn by turn"
+    if not found.decided:
+        remark += f" ({found.ratio_low:.2f} to {found.ratio_high:.2f} in 80 % of the blocks: the machine was busy)"
     if ratio > 1:
         remark += ": it is slower here"
     if precision == "int8":
@@ -169,9 +176,20 @@ def _remarked(pair: _Pair, remark: str) -> _Pair:
 def _ranked(line: Line, found: list[_Pair]) -> list[tuple[Variant, VariantReport]]:
     """The variants as ``runtimes.load`` is to try them."""
 
-    def faster(a: _Pair, b: _Pair) -> bool:
+    said: dict[str, str] = {}
+
+    def against(a: _Pair, b: _Pair) -> Comparison:
         sides = [compile_variant(line, lowered, variant.compiled.target) for variant, _, lowered in (a, b)]
-        return compared(line, sides[0], sides[1]).ratio < 1
+        return compared(line, sides[0], sides[1])
+
+    def faster(a: _Pair, b: _Pair) -> bool:
+        found = against(a, b)
+        if not found.decided:
+            said[a[1].name] = (
+                f"not decided whether it is faster than {b[1].name}: {found.ratio:.2f} x its time, "
+                f"{found.ratio_low:.2f} to {found.ratio_high:.2f} in 80 % of the blocks"
+            )
+        return found.ratio < 1
 
     order = ranked(
         found,
@@ -179,7 +197,10 @@ def _ranked(line: Line, found: list[_Pair]) -> list[tuple[Variant, VariantReport
         faster=faster,
         on_gpu=lambda pair: runtimes.backend(pair[0].compiled.target.runtime).device_class == "gpu",
     )
-    return [(variant, report) for variant, report, _ in order]
+    return [
+        (variant, dataclasses.replace(report, remark="; ".join(filter(None, (report.remark, said.get(report.name))))))
+        for variant, report, _ in order
+    ]
 
 
 def _warnings(exported: Exported) -> tuple[str, ...]:

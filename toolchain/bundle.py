@@ -51,7 +51,7 @@ from toolchain.errors import StorageError
 from toolchain.platforms import Choice, Platform, build_options, choose, platform_named
 from toolchain.progress import Status, silent
 from toolchain.signing import SigningKey, sign
-from toolchain.storage import reported
+from toolchain.storage import reported, require_outside_artifacts
 
 #: The exported model's folder in an artifact. Not from ``artifact.py``, which brings the whole line along: packing
 #: takes less memory than importing that.
@@ -128,6 +128,7 @@ def bundle(
         raise runtimes.InvalidInput(f"a bundle is a {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} file", where=str(output))
     if output.is_dir():
         raise StorageError("there is a folder of that name", where=str(output), hint="give another --output")
+    require_outside_artifacts(output)
     if output.name.endswith(".zst"):
         zstd()  # whether it is here, before any work
     package = read_package(artifact)

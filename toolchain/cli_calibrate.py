@@ -21,6 +21,7 @@ from toolchain.errors import CalibrationError, DataError
 from toolchain.evaluate import input_specs
 from toolchain.onnx_file import read_onnx
 from toolchain.preprocessing import ImagePreprocessing
+from toolchain.storage import require_other
 from toolchain.tables import table
 from toolchain.tensorrt_cache import read_tensorrt_cache, write_tensorrt_cache
 from toolchain.zoo import ZOO
@@ -69,6 +70,9 @@ def calibrate(
     file, spec = _model(model)
     graph = read_onnx(file)
     destination = output or Path(f"{model.name.removesuffix('.onnx')}.calibration.json")
+    inputs = [model, *([Path(data)] if data else [])]
+    for path in (destination, *([export_tensorrt_cache] if export_tensorrt_cache else [])):
+        require_other(path, *inputs)
     said: dict[str, Any] = {"output": str(destination)}
     if import_tensorrt_cache is not None:
         imported = read_tensorrt_cache(import_tensorrt_cache, graph)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,7 @@ from toolchain.evaluate import input_specs, run_reference
 from toolchain.metrics import TensorError, tensor_error
 from toolchain.onnx_file import read_onnx, write_onnx
 from toolchain.seeded import seeded_inputs
+from toolchain.storage import reported, require_outside_artifacts
 from toolchain.tables import Rows, decibels, megabytes, table
 
 coding = typer.Typer()
@@ -42,10 +45,15 @@ def encode(
     graph = read_onnx(model)
     dims = console.parse_dims(dim)
     with console.status("encode") as on_status:
-        done = codecs.encode(graph, output, codec=codec, levels=levels, smallest=smallest)  # type: ignore[arg-type]
-        on_status("encode: reading it back")
-        back = codecs.decode(output)
-        errors, not_run = _compared(graph, back, dims)
+        require_outside_artifacts(output)
+        # compared before it takes the place of what was there
+        with reported(output, "the encoded model"), tempfile.TemporaryDirectory(dir=output.parent) as folder:
+            made = Path(folder) / output.name
+            done = codecs.encode(graph, made, codec=codec, levels=levels, smallest=smallest)  # type: ignore[arg-type]
+            on_status("encode: reading it back")
+            back = codecs.decode(made)
+            errors, not_run = _compared(graph, back, dims)
+            os.replace(made, output)
         on_status("encode: the same file under a common compressor")
         raw = codecs.float_file(graph)
         tool, squeezed = codecs.compressed(raw)

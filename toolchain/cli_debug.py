@@ -17,17 +17,20 @@ from runtimes import InvalidArtifact, package
 from runtimes._manifest import Variant
 from toolchain import calibration_file, console
 from toolchain.artifact import CALIBRATION, EXPORTED
+from toolchain.as_json import to_json
 from toolchain.console import parse_dims
 from toolchain.data import open_dataset
 from toolchain.debug import debug_quantization, write_page
 from toolchain.engine_debug import debug_engine, require_polygraphy
 from toolchain.errors import DataError
 from toolchain.evaluate import class_count, input_specs
+from toolchain.lower import CALIBRATED
 from toolchain.onnx_file import read_onnx
 from toolchain.optimize import optimize
 from toolchain.preprocessing import ImagePreprocessing
 from toolchain.recipe import Recipe, from_dict
 from toolchain.seeded import seeded_inputs
+from toolchain.storage import require_other
 from toolchain.tables import table
 
 debugging = typer.Typer()
@@ -47,31 +50,39 @@ def quantization(
         str | None, typer.Option("--eval-data", help="samples to measure on", show_default="seeded inputs")
     ] = None,
     limit: Annotated[int, typer.Option(help="samples to measure on", min=1)] = 8,
+    variant: Annotated[str | None, typer.Option(help="of the artifact", show_default="the first in INT8")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="also write an HTML page with histograms", show_default=False)
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="print the result as one line of JSON")] = False,
 ) -> None:
     """Shows for each quantised layer what its rounding does to the output, and the flag that leaves it out."""
+    if output is not None:
+        require_other(output)
     found = package.read_package(artifact)
     found.verify()
     recipe = from_dict(found.metadata["recipe"], origin="the artifact's recipe")
-    variant = next((v for v in found.variants if v.precision == "int8"), None)
-    if variant is None or not (artifact / CALIBRATION).is_file():
+    calibrated = [v for v in found.variants if v.precision in CALIBRATED]
+    chosen = next((v for v in calibrated if variant in (None, v.name)), None)
+    if chosen is None or not (artifact / CALIBRATION).is_file():
+        named = ", ".join(v.name for v in calibrated)
         raise InvalidArtifact(
-            "the artifact has no INT8 variant", where=str(artifact), hint="build one with --precision int8 --data ..."
+            f"the artifact has no calibrated INT8 variant{'' if variant is None else f' {variant!r}'}",
+            where=str(artifact),
+            hint=f"it has: {named}" if named else "build one with --precision int8 --data ...",
         )
     with console.status("optimising") as on_status:
         model, calibration = _float_graph(artifact, recipe)
         samples = _samples(found, recipe, model, eval_data, limit)
         result = debug_quantization(
-            model, variant.target, calibration, samples, weights=recipe.quantize.weights, on_status=on_status
+            model, chosen.target, calibration, samples, weights=recipe.quantize.weights, on_status=on_status
         )
     if output is not None:
         write_page(result, output, title=f"{found.name}: INT8 layer by layer")
     if json:
-        console.print_json(result)
+        console.print_json({"variant": chosen.name, **to_json(result)})
         return
+    console.out.print(Text(f"{chosen.name}, in the INT8 of {chosen.target}"))
     header = ("layer", "op", "share", "alone, noise/signal", "own", "weight", "input", "leave it in float")
     rows = [
         (

@@ -74,6 +74,8 @@ class Line:
         self.on_status = on_status
         self.held = held
         self.stages: list[StageReport] = []
+        #: what was measured in this build, by key, whether it may be kept for others or not
+        self.found: dict[str, object] = {}
         self._folders: dict[tuple[str, str], Path] = {}
         self.source = models.resolve(recipe.model)
         self.targets = targets.resolve(recipe.targets)

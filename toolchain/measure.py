@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import onnx_ir as ir
 
@@ -36,6 +36,8 @@ T = TypeVar("T")
 
 #: What a build states; a p90 takes 64 samples, ``toolchain bench`` goes on to p99.
 PERCENTILES = (50, 90)
+#: Seconds for a comparison, and again where that did not decide.
+_COMPARED_S = (1.0, 4.0)
 
 
 def compile_variant(line: Line, lowered: Lowered, target: runtimes.Target) -> tuple[Variant, str, Path]:
@@ -87,7 +89,16 @@ def measure(line: Line, lowered: Lowered, target: runtimes.Target) -> tuple[Vari
     if absent is None:
         ground = {"compiled": key, "benchmark": recipe.benchmark.model_dump(), "cores": usable_cores()}
         ground |= {"dims": recipe.dims}
-        bench = _benchmarked(line, ground, functools.partial(_benchmark, line, variant, folder))
+        # what was measured while the machine had something else to do is not kept for others
+        bench = _kept_if(
+            line,
+            "benchmark",
+            ground,
+            "benchmark.json",
+            BenchReport,
+            functools.partial(_benchmark, line, variant, folder),
+            lambda report: not any(row.disturbed for row in report.rows),
+        )
     files = folder / "files"
     size = sum(file.stat().st_size for file in files.glob("model.onnx*"))
     prepared = sum(file.stat().st_size for file in (files / "prepared").rglob("*") if file.is_file())
@@ -108,17 +119,50 @@ def measure(line: Line, lowered: Lowered, target: runtimes.Target) -> tuple[Vari
 
 def compared(line: Line, a: tuple[Variant, str, Path], b: tuple[Variant, str, Path]) -> Comparison:
     """Latency of one compiled variant against another's at the recipe's first batch size, turn by turn in one fresh
-    process; a stage, so that a pair is measured once."""
+    process; a stage, so that a pair is measured once. What is undecided is measured longer, and not kept if it stays
+    so."""
     batch = line.recipe.benchmark.batch_sizes[0]
 
     def find() -> Comparison:
-        plan = Plan(batch_sizes=(batch,), duration_s=1.0, count=10, warmup=5, dims=line.recipe.dims)
         sides = [Subject(str(folder), compiled=True, options=variant.session_options) for variant, _, folder in (a, b)]
-        (found,) = compare_latency(sides[0], sides[1], plan, on_status=line.on_status)
+        for seconds in _COMPARED_S:
+            plan = Plan(batch_sizes=(batch,), duration_s=seconds, count=10, warmup=5, dims=line.recipe.dims)
+            (found,) = compare_latency(sides[0], sides[1], plan, on_status=line.on_status)
+            if found.decided:
+                break
         return found
 
     ground = {"a": a[1], "b": b[1], "batch": batch, "dims": line.recipe.dims, "cores": usable_cores()}
-    return _kept(line, "compare", ground, "comparison.json", Comparison, find)
+    return _kept_if(line, "compare", ground, "comparison.json", Comparison, find, lambda found: found.decided)
+
+
+def _kept_if(
+    line: Line,
+    name: str,
+    ground: dict[str, object],
+    file: str,
+    kind: type[T],
+    find: Callable[[], T],
+    sound: Callable[[T], bool],
+) -> T:
+    """A stage whose result is kept for later builds only where it is sound; within this one it is."""
+    key = digest_of({"stage": name, **ground})
+    known = line.found.get(key)
+    if known is not None:
+        return cast("T", known)
+    with line.cache.reading(name, key) as folder:
+        if folder is not None:
+            line.stages.append(StageReport(name, 0.0, True))
+            return from_json(kind, json.loads((folder / file).read_text(encoding="utf-8")))
+    started = time.perf_counter()
+    line.on_status(name)
+    result = find()
+    line.stages.append(StageReport(name, time.perf_counter() - started, False))
+    line.found[key] = result
+    if sound(result):
+        with line.cache.writing(name, key) as working:
+            (working / file).write_text(dumps(result), encoding="utf-8")
+    return result
 
 
 def _kept(line: Line, name: str, ground: dict[str, object], file: str, kind: type[T], find: Callable[[], T]) -> T:
@@ -129,23 +173,6 @@ def _kept(line: Line, name: str, ground: dict[str, object], file: str, kind: typ
 
     folder = line.stage(name, digest_of({"stage": name, **ground}), make)
     return from_json(kind, json.loads((folder / file).read_text(encoding="utf-8")))
-
-
-def _benchmarked(line: Line, ground: dict[str, object], find: Callable[[], BenchReport]) -> BenchReport:
-    """The benchmark stage. What was measured while the machine had something else to do is not kept for others."""
-    key = digest_of({"stage": "benchmark", **ground})
-    with line.cache.reading("benchmark", key) as folder:
-        if folder is not None:
-            line.stages.append(StageReport("benchmark", 0.0, True))
-            return from_json(BenchReport, json.loads((folder / "benchmark.json").read_text(encoding="utf-8")))
-    started = time.perf_counter()
-    line.on_status("benchmark")
-    report = find()
-    line.stages.append(StageReport("benchmark", time.perf_counter() - started, False))
-    if not any(row.disturbed for row in report.rows):
-        with line.cache.writing("benchmark", key) as working:
-            (working / "benchmark.json").write_text(dumps(report), encoding="utf-8")
-    return report
 
 
 def _fidelity(line: Line, variant: Variant, lowered: Lowered) -> Fidelity:

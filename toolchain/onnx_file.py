@@ -25,7 +25,7 @@ from runtimes import InvalidModel
 from runtimes.model_file import check_model_file
 from toolchain import child
 from toolchain.errors import GraphError, StorageError
-from toolchain.storage import reported
+from toolchain.storage import reported, require_outside_artifacts
 
 #: Protobuf ends at 2 GiB; from here on the weights go beside the file.
 EXTERNAL_DATA_FROM = 1_800_000_000
@@ -158,6 +158,7 @@ def write_onnx(model: ir.Model, path: Path) -> None:
         raise StorageError(
             f"cannot write {path.name}: what is there is no plain file", where=str(path), hint="write elsewhere"
         )
+    require_outside_artifacts(path)
     # Written beside and renamed: a full disk leaves what was there, not half a model.
     working = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     with reported(path, path.name):

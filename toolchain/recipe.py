@@ -231,6 +231,10 @@ class Recipe(_Section):
             raise ValueError("auto stands alone: it is every runtime that works here")
         if len(set(value)) != len(value):
             raise ValueError("a target is listed twice")
+        for text in value:
+            devices = (Target.parse(text).device or "").split(",")
+            if len(set(devices)) != len(devices):
+                raise ValueError(f"{text} names a device twice")
         return value
 
     @pydantic.model_validator(mode="after")

@@ -131,3 +131,30 @@ def _exchange(new: Path, old: Path) -> None:
     old.rename(aside)
     new.rename(old)
     aside.rename(new)
+
+
+def require_outside_artifacts(path: Path) -> None:
+    """Refuses to write into an artifact: what is not in its manifest makes it unsound.
+
+    Raises:
+        StorageError: the file would lie in one.
+    """
+    for folder in list(Path(os.path.abspath(path)).parents)[:3]:
+        if (folder / "manifest.json").is_file():
+            raise StorageError(
+                f"{path.name} would lie in an artifact, which holds only what its manifest lists",
+                where=str(folder),
+                hint="write elsewhere",
+            )
+
+
+def require_other(output: Path, *inputs: Path) -> None:
+    """Refuses an output that is one of the inputs, or lies in an artifact.
+
+    Raises:
+        StorageError: it is, or does.
+    """
+    require_outside_artifacts(output)
+    for path in inputs:
+        if path.exists() and output.exists() and os.path.samefile(path, output):
+            raise StorageError("the output would replace an input", where=str(output), hint="write elsewhere")

@@ -448,3 +448,55 @@ def test_the_reader_of_bundles_needs_no_zstandard(bundle: Path, tmp_path: Path, 
     content[8:10] = b"\0\xff"  # what gzip says of the level and the system
     (tmp_path / "a.tar.gz").write_bytes(content)
     assert installing.install(tmp_path / "a.tar.gz", tmp_path / "root").version == 1
+
+
+def test_numbered_folders_of_somebody_elses_stay(tmp_path: Path, bundle: Path, quick: None) -> None:
+    root = tmp_path / "photos"
+    (root / "2023").mkdir(parents=True)
+    (root / "2023" / "cat.jpg").write_text("a cat")
+    with pytest.raises(InstallFailed, match="something else: '2023'"):
+        installing.install(bundle, root)
+    assert (root / "2023" / "cat.jpg").read_text() == "a cat"
+
+
+@pytest.mark.parametrize("pointer", [None, "", "77"])
+def test_a_lost_pointer_loses_no_version_and_can_be_mended(
+    tmp_path: Path, bundle: Path, quick: None, pointer: str | None
+) -> None:
+    root = tmp_path / "root"
+    for _ in range(2):
+        installing.install(bundle, root)
+    (root / "latest").unlink()
+    if pointer is not None:
+        (root / "latest").write_text(pointer)
+    with pytest.raises(runtimes.Error) as caught:
+        installing.rollback(root)
+    assert "1, 2" in str(caught.value)
+    assert installing.rollback(root, to=1).version == 1
+    (root / "latest").unlink()
+    done = installing.install(bundle, root)
+    assert (done.version, done.removed) == (3, ())
+    assert _versions.installed(root) == [1, 2, 3]
+
+
+def test_what_cannot_follow_is_refused(tmp_path: Path, bundle: Path, quick: None) -> None:
+    root = tmp_path / "root"
+    installing.install(bundle, root)
+    (root / "1.sig").write_bytes(b"x")
+    with pytest.raises(InstallFailed, match="is signed, and this bundle is not"):
+        installing.install(bundle, root)
+    (root / "1.sig").unlink()
+    manifest = json.loads((root / "1" / "manifest.json").read_text())
+    (root / "1" / "manifest.json").write_text(json.dumps({**manifest, "package_name": "another"}))
+    with pytest.raises(InstallFailed, match="versions of 'another'"):
+        installing.install(bundle, root)
+    assert _versions.installed(root) == [1]
+
+
+def test_numbers_end(tmp_path: Path, bundle: Path, quick: None) -> None:
+    root = tmp_path / "root"
+    installing.install(bundle, root)
+    (root / "1").rename(root / "999999999")
+    _versions.switch(root, 999999999)
+    with pytest.raises(InstallFailed, match="no number left"):
+        installing.install(bundle, root)

@@ -58,6 +58,8 @@ def test_options_of_one_runtime_reach_that_runtime_alone(tmp_path: Path) -> None
         ({"ort-cpu": {"graph_levle": "all"}}, "no session option 'graph_levle'"),
         ({"ort-cpu": {"graph_level": "most"}}, "graph_level"),
         ({"ort-cpuu": {}}, "did you mean"),
+        ({"ort-cpu:0": {}}, "go by runtime"),
+        ({"reference": {"threads": 1}}, "no session option 'threads'"),
     ],
 )
 def test_wrong_options_are_refused_before_any_work(tmp_path: Path, options: dict[str, object], said: str) -> None:

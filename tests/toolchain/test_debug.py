@@ -75,4 +75,4 @@ def test_the_command(tmp_path: Path, images: np.ndarray) -> None:
     assert (tmp_path / "page.html").exists()
     toolchain("build", "net.onnx", "-o", "plain", cwd=tmp_path)
     refused = toolchain("debug", "quantization", "plain", cwd=tmp_path, check=2).stderr
-    assert "no INT8 variant" in refused
+    assert "no calibrated INT8 variant" in refused

@@ -54,6 +54,7 @@ def test_default_pipeline_is_spelled_out() -> None:
         ("model: x\nmodel: y\n", 2, "written twice"),
         ("model: x\ntargets: [ORT cpu]\n", 2, "not a target: 'ORT cpu'"),
         ("model: x\ntargets: [ort-cpu, ort-cpu]\n", 2, "listed twice"),
+        ("model: x\ntargets: ['tensorrt-rtx:sm86,sm86']\n", 2, "names a device twice"),
         ("model: x\ntargets: [auto, ort-cpu]\n", 2, "auto stands alone"),
         ("model: x\noptions: {ort-cpu: 3}\n", 2, "3 is not allowed here"),
         ("model: [\n", 2, "not YAML"),

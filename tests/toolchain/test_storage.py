@@ -99,3 +99,16 @@ def test_a_full_disk_is_a_typed_error() -> None:
 def test_other_errors_of_the_system_are_not_swallowed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Invalid argument"), storage.reported(tmp_path, "it"):
         raise OSError(errno.EINVAL, "Invalid argument")
+
+
+def test_no_output_replaces_an_input_or_lies_in_an_artifact(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    (tmp_path / "link.onnx").symlink_to("model.onnx")
+    with pytest.raises(StorageError, match="replace an input"):
+        storage.require_other(tmp_path / "link.onnx", tmp_path / "model.onnx")
+    storage.require_other(tmp_path / "new.onnx", tmp_path / "model.onnx", tmp_path / "missing")
+    (tmp_path / "art" / "export").mkdir(parents=True)
+    (tmp_path / "art" / "manifest.json").write_text("{}")
+    for name in ("manifest.json", "new.onnx", "export/new.onnx"):
+        with pytest.raises(StorageError, match="lie in an artifact"):
+            storage.require_other(tmp_path / "art" / name)
