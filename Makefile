@@ -32,7 +32,7 @@ help:
 $(VENV)/installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing into $(VENV) (the first time takes a few minutes) ...'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,ort-cpu,openvino-cpu,tensorrt-rtx,export,images,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,ort-cpu,openvino-cpu,tensorrt-rtx,export,images,install,sign,dev]'
 	@touch $@
 
 install: $(VENV)/installed

@@ -85,7 +85,7 @@ def zstd() -> Any:
         try:
             from compression import zstd  # type: ignore[import-not-found, unused-ignore]  # Python 3.14
         except ImportError:
-            from backports import zstd  # type: ignore[import-not-found, no-redef, unused-ignore]
+            from backports import zstd  # type: ignore[attr-defined, import-not-found, no-redef, unused-ignore]
     except ImportError:
         raise InvalidArtifact(
             "Python has no Zstandard here, which .tar.zst needs",
