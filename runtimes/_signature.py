@@ -123,8 +123,10 @@ def _public_key(material: dict[str, Any], signer: Signer) -> tuple[Any, str]:
         return _from_certificates(material, signer.roots)
     try:
         key = serialization.load_pem_public_key(signer.key.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InvalidSignature(f"not a public key: {signer.key}: {error}") from None
+    except OSError as error:
+        raise InvalidSignature(f"the public key cannot be read: {signer.key}: {error.strerror}") from None
+    except ValueError:
+        raise InvalidSignature(f"not a public key in PEM: {signer.key}") from None
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise InvalidSignature(f"not an elliptic curve key: {signer.key}")
     pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
@@ -160,7 +162,7 @@ def _from_certificates(material: dict[str, Any], roots: Sequence[Path]) -> tuple
         raise InvalidSignature(f"no certificates: {', '.join(map(str, roots))}: {error}") from None
     leaf = given[0]
     who = leaf.subject.rfc4514_string()
-    if not _may_sign(leaf):
+    if not may_sign(leaf):
         raise InvalidSignature(f"the certificate of {who} is not for signing")
     moment = leaf.not_valid_before_utc
     current = leaf
@@ -199,7 +201,7 @@ def _issued(issuer: Any, certificate: Any, below: int) -> bool:
     return basic.path_length is None or basic.path_length >= below
 
 
-def _may_sign(certificate: Any) -> bool:
+def may_sign(certificate: Any) -> bool:
     from cryptography import x509
     from cryptography.x509.oid import ExtendedKeyUsageOID
 

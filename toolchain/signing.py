@@ -28,6 +28,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from runtimes._signature import may_sign
 from toolchain.errors import SigningError
 
 
@@ -93,6 +94,7 @@ def sign(digests: Mapping[str, str], key: SigningKey, *, name: str) -> bytes:
         raise SigningError(
             f"model-signing cannot be imported: {error}", hint="run: pip install 'onnx-toolchain[sign]'"
         ) from None
+    _check(key)
     try:
         config = signing.Config()
         if key.certificate is None:
@@ -109,9 +111,46 @@ def sign(digests: Mapping[str, str], key: SigningKey, *, name: str) -> bytes:
             config.sign(folder, path)
             return path.read_bytes()
     except (ValueError, TypeError, OSError, AttributeError) as error:
-        # TypeError: an encrypted key without a password; AttributeError: a key that has no curve, such as RSA's
         raise SigningError(
             f"cannot sign: {error}",
             where=", ".join(map(os.fspath, (key.key, *([key.certificate] if key.certificate else ()), *key.chain))),
-            hint="give an elliptic curve key: openssl ecparam -genkey -name prime256v1 -noout -out key.pem",
         ) from error
+
+
+def _check(key: SigningKey) -> None:
+    """Says what is wrong with a key or its certificate in our own words, before anything is packed.
+
+    Raises:
+        SigningError: it cannot be read, is no elliptic curve key, or the certificate is another's or not for signing.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    make_one = "openssl ecparam -genkey -name prime256v1 -noout -out key.pem"
+    try:
+        private = serialization.load_pem_private_key(key.key.read_bytes(), password=None)
+    except OSError as error:
+        raise SigningError(f"the key cannot be read: {error.strerror}", where=str(key.key)) from error
+    except TypeError:
+        raise SigningError(
+            "the key is encrypted", where=str(key.key), hint=f"openssl pkey -in {key.key.name} -out plain.pem"
+        ) from None
+    except ValueError as error:
+        raise SigningError("that is no private key in PEM", where=str(key.key), hint=make_one) from error
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise SigningError("the key is of another kind than elliptic curve", where=str(key.key), hint=make_one)
+    if key.certificate is None:
+        return
+    try:
+        certificate = x509.load_pem_x509_certificate(key.certificate.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SigningError("that is no certificate in PEM", where=str(key.certificate)) from error
+    if certificate.public_key() != private.public_key():
+        raise SigningError("the certificate is of another key", where=str(key.certificate))
+    if not may_sign(certificate):
+        raise SigningError(
+            "devices would refuse the certificate: it is not for signing code",
+            where=str(key.certificate),
+            hint="it needs keyUsage=digitalSignature or extendedKeyUsage=codeSigning",
+        )

@@ -72,7 +72,12 @@ def test_a_certificate_that_may_not_vouch_for_others(artifact: Path, made: Mappi
         installing.verify(path, signer=Signer(roots=(made["root.pem"],)))
 
 
-def test_a_root_is_not_for_signing(artifact: Path, made: Mapping[str, Path], tmp_path: Path) -> None:
+def test_a_root_is_not_for_signing(
+    artifact: Path, made: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SigningError, match="devices would refuse"):
+        signed(artifact, tmp_path / "a.tar", key=made["root.key"], certificate=made["root.pem"])
+    monkeypatch.setattr("toolchain.signing.may_sign", lambda certificate: True)  # as others may have signed it
     path = signed(artifact, tmp_path / "a.tar", key=made["root.key"], certificate=made["root.pem"])
     with pytest.raises(InvalidSignature, match="not for signing"):
         installing.verify(path, signer=Signer(roots=(made["root.pem"],)))
@@ -181,9 +186,14 @@ def test_a_plan_of_a_signed_bundle_is_noted(
 
 
 def test_what_cannot_sign(artifact: Path, made: Mapping[str, Path], tmp_path: Path) -> None:
-    for key in ({"key": made["rsa.pem"]}, {"key": made["key.pub"]}, {"key": tmp_path / "absent"},
-                {"key": made["key.pem"], "certificate": made["signing.pem"]}):  # fmt: skip
-        with pytest.raises(SigningError):
+    for key, said in (
+        ({"key": made["rsa.pem"]}, "another kind than elliptic curve"),
+        ({"key": made["key.pub"]}, "no private key in PEM"),
+        ({"key": tmp_path / "absent"}, "cannot be read: No such file"),
+        ({"key": made["key.pem"], "certificate": made["signing.pem"]}, "of another key"),
+        ({"key": made["key.pem"], "certificate": made["key.pem"]}, "no certificate in PEM"),
+    ):
+        with pytest.raises(SigningError, match=said):
             signed(artifact, tmp_path / "a.tar", **key)
         assert not (tmp_path / "a.tar").exists()
 
