@@ -195,6 +195,6 @@ def test_doctor_looks_into_a_bundle(bare: Path, artifact: Path, tmp_path: Path) 
 def test_the_toolchain_says_what_it_lacks(bare: Path, tmp_path: Path) -> None:
     done = run(bare, "-m", "toolchain", "doctor", cwd=tmp_path, code=2)
     assert done.stderr.splitlines() == [
-        "error: typer is not installed: what runs artifacts is here, what builds them is not",
+        "error: rich is not installed: what runs artifacts is here, what builds them is not",
         "  next: pip install 'onnx-toolchain[build]'",
     ]
