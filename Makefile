@@ -28,14 +28,24 @@ help:
 	@echo 'make doctor    what this machine can run, and why not'
 	@echo 'make clean     removes .venv and build leftovers; artifacts/ stays'
 
+# Two runtimes are installed when a TARGET asks for them: TensorRT, which comes from NVIDIA's own index, and the build of
+# ONNX Runtime for CUDA, which takes the place of the other.
+comma := ,
+ORT    := $(if $(filter ort-cuda ort-cuda:%,$(TARGET)),ort-cuda,ort-cpu)
+TRT    := $(if $(filter tensorrt tensorrt:%,$(TARGET)),$(comma)tensorrt)
+EXTRAS := build,$(ORT),openvino-cpu,tensorrt-rtx$(TRT),export,images,install,sign,dev
+STAMP  := $(VENV)/installed-$(ORT)$(subst $(comma),-,$(TRT))
+
 # Installed again when the list of packages changes; a half-finished install leaves no stamp.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing into $(VENV) (the first time takes a few minutes) ...'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[build,ort-cpu,openvino-cpu,tensorrt-rtx,export,images,install,sign,dev]'
+	@rm -f $(VENV)/installed-*
+	@$(BIN)/python -m pip uninstall --quiet --yes $(if $(filter ort-cuda,$(ORT)),onnxruntime,onnxruntime-gpu) 2>/dev/null
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-install: $(VENV)/installed
+install: $(STAMP)
 
 # Handed over through the environment, not spliced into the shell's text: names may hold quotes and spaces.
 export MODEL TARGET PRECISION DATA EVAL WEIGHTS OUT

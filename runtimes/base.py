@@ -19,9 +19,10 @@ The toolchain's own errors (``toolchain/errors.py``) grow on the same root.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -270,6 +271,11 @@ class Backend(abc.ABC):
     def can_compile(self, target: Target) -> Availability:
         """Says whether ``compile`` works here for a target. Some compile for devices that are not here."""
         return self.probe()
+
+    def watched(self, progress: Callable[[str, float | None], None]) -> contextlib.AbstractContextManager[None]:
+        """Within the block, ``progress`` is told what a long ``compile`` is at and, where it is known, which share is
+        done, 0..1. By default nothing is told."""
+        return contextlib.nullcontext()
 
     def can_run(self, target: Target) -> Availability:
         """Says whether ``load`` works here for a target, without raising."""

@@ -20,6 +20,7 @@ A plan is native code: ``_trust.py`` says when one may be loaded.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -108,6 +109,9 @@ class TensorRT(Backend):
 
     def can_compile(self, target: Target) -> Availability:
         return self._state(target, self._device)
+
+    def watched(self, progress: Progress) -> contextlib.AbstractContextManager[None]:
+        return watch_builds(progress)
 
     def can_run(self, target: Target) -> Availability:
         return self._state(target, self._require_runnable)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import runtimes
+from toolchain.progress import Status, silent
 from toolchain.storage import reported
 
 #: Beside the compiled files, for whoever opens the folder before it is packed.
@@ -31,14 +32,24 @@ def session_options(target: runtimes.Target, values: Mapping[str, Any]) -> Any:
     return kind(**values)
 
 
-def compile_model(model: Path, target: runtimes.Target, directory: Path, *, options: Any = None) -> runtimes.Compiled:
+def compile_model(
+    model: Path,
+    target: runtimes.Target,
+    directory: Path,
+    *,
+    options: Any = None,
+    on_status: Status = silent,
+) -> runtimes.Compiled:
     """Compiles an ONNX file into ``directory`` through the runtime's own compiler, and notes there what it made.
 
     Raises:
         TargetUnavailable, CompileFailed, InvalidModel: from the runtime.
         StorageError: the disk is full or not writable.
     """
-    with reported(directory, "the compiled model"):
+    watched = runtimes.backend(target.runtime).watched(
+        lambda what, share: on_status(f"compile {target}: {what}", share)
+    )
+    with reported(directory, "the compiled model"), watched:
         compiled = runtimes.compile(model, target, directory / "files", options=options)
         (directory / NOTE).write_text(json.dumps(compiled.to_json()), encoding="utf-8")
     return compiled

@@ -51,7 +51,7 @@ def compile_variant(line: Line, lowered: Lowered, target: runtimes.Target) -> tu
 
     def make(working: Path) -> None:
         options = session_options(target, session)
-        compile_model(lowered.folder / "model.onnx", target, working, options=options)
+        compile_model(lowered.folder / "model.onnx", target, working, options=options, on_status=line.on_status)
 
     folder = line.stage("compile", key, make)
     return Variant(read_compiled(folder), lowered.precision, session), key, folder

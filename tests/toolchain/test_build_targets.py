@@ -90,7 +90,13 @@ def test_an_engine_for_a_device_that_is_not_here(tmp_path: Path, precision: str,
     changes = {"targets": ["ort-cpu", str(target)], "precision": precision}
     if precision in ("int8", "auto"):
         changes["data__calibration"] = str(tmp_path / "images.npz")
-    built = build(recipe(tmp_path, **changes), cache=Cache(tmp_path / "cache"))
+    told: list[str] = []
+    built = build(
+        recipe(tmp_path, **changes),
+        cache=Cache(tmp_path / "cache"),
+        on_status=lambda text, share=None: told.append(text),
+    )
+    assert any(text.startswith(f"compile {target}: ") for text in told)  # what its builder says while it builds
     engine = built.report.variants[0]
     wanted = {"default": "fp16", "auto": "int8"}.get(precision, precision)
     assert (engine.target, engine.precision, engine.benchmark) == (str(target), wanted, None)
