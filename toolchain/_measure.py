@@ -19,6 +19,8 @@ from toolchain.seeded import seeded_inputs
 
 #: Runs of one side before the other has its turn: long enough to warm the caches again, short against drift.
 _BLOCK_SECONDS = 0.05
+#: Seconds of sleep, of which an idle process computes less than a tenth, and how many of them are waited at most.
+_STEP, _LONGEST_SPIN = 0.005, 100
 
 
 def main() -> int:
@@ -153,6 +155,8 @@ def _interleaved(sessions: list[runtimes.Session], feeds: list[Any], plan: dict[
     while True:
         order = range(len(sessions)) if len(blocks[0]) % 2 == 0 else reversed(range(len(sessions)))
         for side in order:
+            _settle()
+            sessions[side].run(feeds[side])  # its threads slept, and the caches are the other side's
             samples = []
             for _ in range(runs):
                 started = time.perf_counter()
@@ -161,6 +165,16 @@ def _interleaved(sessions: list[runtimes.Session], feeds: list[Any], plan: dict[
             blocks[side].append(statistics.median(samples))
         if time.perf_counter() - begun >= plan["duration_s"] and len(blocks[0]) * runs >= plan["count"]:
             return blocks
+
+
+def _settle() -> None:
+    """Waits until the threads of the side before have stopped spinning for more work: ONNX Runtime's do for tens of
+    milliseconds, and take a core from whoever is measured meanwhile."""
+    for _ in range(_LONGEST_SPIN):
+        before = time.process_time()
+        time.sleep(_STEP)
+        if time.process_time() - before < _STEP / 10:
+            return
 
 
 def _peak_memory() -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from toolchain_support import conv_net, save, toolchain, toolchain_json
 
+from toolchain import _measure
 from toolchain.benchmark import (
     BenchmarkFailed,
     BenchResult,
@@ -109,3 +112,17 @@ def test_bench_command(tmp_path: Path) -> None:
     assert "A/B" in shown
     assert "not a list of numbers" in toolchain("bench", path, "--batch-sizes", "1;2", check=2).stderr
     assert "--dim" in toolchain("bench", path, "--dim", "sequence", check=2).stderr
+
+
+def test_a_side_has_its_turn_when_the_threads_of_the_other_have_stopped() -> None:
+    stop = threading.Event()
+
+    def spin() -> None:
+        until = time.process_time() + 0.15
+        while time.process_time() < until:
+            sum(range(1000))
+        stop.set()
+
+    threading.Thread(target=spin).start()
+    _measure._settle()
+    assert stop.is_set()
