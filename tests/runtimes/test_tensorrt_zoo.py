@@ -27,6 +27,8 @@ MODELS = {
     # kernels and what is not weights take most of it
     "mobilenet_v2": (0.6, 0.75),
     "efficientnet_lite0": (0.6, 0.75),
+    "efficientnet_lite1": (0.6, 0.75),
+    "efficientnet_lite2": (0.6, 0.75),
     "vit_b_16": (0.55, 0.33),
     "bert_base": (0.55, 0.5),
 }
@@ -109,3 +111,9 @@ def assert_integers(model: Path) -> None:
     quantised = [n for n in graph.node if n.op_type == "Conv" and by_output.get(n.input[0]) == "DequantizeLinear"]
     assert read.count([True, True]) == len(quantised)
     assert any(one == [True, True] for one in read) or "MatMul" in by_output.values()
+
+
+def test_that_is_the_zoo() -> None:
+    from toolchain.zoo import ZOO
+
+    assert set(MODELS) == set(ZOO)
