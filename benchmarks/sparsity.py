@@ -37,11 +37,12 @@ import runtimes
 from passes.factorize_low_rank import InputMoments
 from passes.prune_weights import PruneWeights, fits_pattern
 from runtimes import Target
+from toolchain.candidates import turn_by_turn
 from toolchain.codecs import compressed, decode, encode
+from toolchain.judge import compiled_folder
 from toolchain.layer_statistics import input_moments, input_norms
 from toolchain.model_cost import cost_of
 from toolchain.onnx_file import read_onnx, temporary_onnx, write_onnx
-from toolchain.quantization import compiled_folder, turn_by_turn
 
 ROOT = Path(__file__).resolve().parent.parent
 SPARSITIES = (0.5, 0.7, 0.9)

@@ -16,14 +16,13 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 
 from passes import _graph
 from passes._channel_atoms import Atoms, Labels
 from passes._graph import Names, Scope, attribute_ints, constant, default_opset, is_op, new_constant, set_inputs
-from passes._shapes import skeleton
-from passes.base import PassFailed, label
+from passes._shapes import inferred
+from passes.base import label
 
 Role = Literal["out", "in", "bias", "scale", "other"]
 Dim = int | str | None
@@ -119,7 +118,7 @@ class ChannelGraph:
         self.heads: list[npt.NDArray[np.int64]] = []
         self.whole: dict[tuple[ir.Value, int], str] = {}
         self._unset: set[tuple[ir.Value, int]] = set()
-        self._sizes = _inferred(model)
+        self._sizes = _shapes(model)
 
     # --- sizes
 
@@ -294,20 +293,13 @@ def _captured(node: ir.Node) -> list[ir.Value]:
     return found
 
 
-def _inferred(model: ir.Model) -> dict[str, tuple[Dim, ...]]:
+def _shapes(model: ir.Model) -> dict[str, tuple[Dim, ...]]:
     """Shapes of the main graph's values by onnx's inference; the model is as it was."""
-    proto, _ = skeleton(model)
-    try:
-        inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
-    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
-        raise PassFailed(
-            f"shape inference refuses the graph: {error}", hint="check the model with onnx.checker"
-        ) from error
     return {
         info.name: tuple(
             d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else d.dim_param or None
             for d in info.type.tensor_type.shape.dim
         )
-        for info in inferred.graph.value_info
+        for info in inferred(model).graph.value_info
         if info.type.tensor_type.HasField("shape")
     }

@@ -46,6 +46,21 @@ def skeleton(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.Value]]:
     return proto, big
 
 
+def inferred(model: ir.Model) -> onnx.ModelProto:
+    """The model's ``skeleton`` with all types and shapes that onnx's inference can tell; the model is as it was.
+
+    Raises:
+        PassFailed: the graph contradicts itself.
+    """
+    proto, _ = skeleton(model)
+    try:
+        return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
+        raise PassFailed(
+            f"shape inference refuses the graph: {error}", hint="check the model with onnx.checker"
+        ) from error
+
+
 def infer_shapes(model: ir.Model) -> bool:
     """Fills in types and shapes that are unknown, of every value that onnx's inference can tell.
 
@@ -57,14 +72,7 @@ def infer_shapes(model: ir.Model) -> bool:
     Raises:
         PassFailed: the graph contradicts itself.
     """
-    proto, _ = skeleton(model)
-    try:
-        inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
-    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
-        raise PassFailed(
-            f"shape inference refuses the graph: {error}", hint="check the model with onnx.checker"
-        ) from error
-    return _merge(model.graph, inferred.graph)
+    return _merge(model.graph, inferred(model).graph)
 
 
 def _forget_negative_dimensions(graph: onnx.GraphProto) -> None:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from runtimes import _options
 from runtimes.base import (
     Availability,
     Backend,
@@ -139,7 +139,7 @@ def compile(
     """
     parsed = target if isinstance(target, Target) else Target.parse(target)
     chosen = backend(parsed.runtime)
-    typed = _typed_options(chosen, options)
+    typed = _options.read_options(chosen, options)
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InvalidInput("the directory to compile into is not empty", where=str(directory))
@@ -194,7 +194,7 @@ def load(
     chosen = backend(parsed.runtime)
     return chosen.load(
         Compiled(parsed, path.parent, model_file=path.name, remarks=("the file is a bare model",), trusted=trust),
-        options=_typed_options(chosen, options),
+        options=_options.read_options(chosen, options),
     )
 
 
@@ -223,7 +223,7 @@ def _load_variant(
         found, variant=variant, target=target, can_run=lambda t: backend(t.runtime).can_run(t)
     )
     chosen = backend(picked.target.runtime)
-    typed = _typed_options(chosen, picked.session_options if options is None else options)
+    typed = _options.read_options(chosen, picked.session_options if options is None else options)
     compiled = dataclasses.replace(found.compiled(picked), trusted=trust)
     if verify:
         selected = chosen.selects(compiled, options=typed)
@@ -255,22 +255,3 @@ def _unknown(name: str, names: list[str]) -> InvalidInput:
         f"there is no target {name!r}",
         hint=f"{'did you mean ' + ' or '.join(near) + '? ' if near else ''}known: {', '.join(sorted(names))}",
     )
-
-
-def _typed_options(chosen: Backend, options: Any) -> Any:
-    """The backend's own options type, from it or from a mapping; its fields are all that is allowed."""
-    if options is None or isinstance(options, chosen.options_type):
-        return options
-    if not isinstance(options, Mapping):
-        raise InvalidInput(
-            f"options of {chosen.name} are a {chosen.options_type.__name__} or a mapping, "
-            f"not a {type(options).__name__}"
-        )
-    known = [field.name for field in dataclasses.fields(chosen.options_type)]
-    for key in options:
-        if key not in known:
-            raise InvalidInput(
-                f"{chosen.name} has no option {key!r}",
-                hint=f"it has: {', '.join(known) or 'none'}",
-            )
-    return chosen.options_type(**options)

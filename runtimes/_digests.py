@@ -144,7 +144,7 @@ def _receipt_file(root: Path) -> Path | None:
     return cache / "receipts" / f"{status.st_dev:x}-{status.st_ino:x}.json"
 
 
-def _is_ours(status: os.stat_result) -> bool:
+def is_ours(status: os.stat_result) -> bool:
     """Whether only this user can have written it. Windows has no uid: there the profile's ACL has to do."""
     if not hasattr(os, "getuid"):
         return True
@@ -154,12 +154,12 @@ def _is_ours(status: os.stat_result) -> bool:
 def _read_receipt(path: Path) -> dict[str, list[Any]]:
     """File name -> [sha256, *identity]. Empty where there is no receipt that can be trusted."""
     try:
-        if not _is_ours(os.lstat(path.parent)) or path.parent.is_symlink():
+        if not is_ours(os.lstat(path.parent)) or path.parent.is_symlink():
             return {}
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or not _is_ours(status):
+            if not stat.S_ISREG(status.st_mode) or not is_ours(status):
                 return {}
             content = json.loads(file.read(_MAX_RECEIPT))
     except (OSError, ValueError, RecursionError):

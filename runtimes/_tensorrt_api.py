@@ -55,35 +55,23 @@ class Flavor:
     names: tuple[str, ...] = ()
 
 
+_TENSORRT_10 = Flavor(
+    target="tensorrt",
+    major=10,
+    title="TensorRT",
+    module="tensorrt",
+    install="pip install 'tensorrt>=10,<12'",
+    strongly_typed_flag=True,
+    cross_compiles=False,
+    timing_cache=True,
+    version_compatible=True,
+    hardware_compatible=True,
+    records_graphs=False,
+    any_os=False,
+)
 FLAVORS = (
-    Flavor(
-        target="tensorrt",
-        major=10,
-        title="TensorRT",
-        module="tensorrt",
-        install="pip install 'tensorrt>=10,<12'",
-        strongly_typed_flag=True,
-        cross_compiles=False,
-        timing_cache=True,
-        version_compatible=True,
-        hardware_compatible=True,
-        records_graphs=False,
-        any_os=False,
-    ),
-    Flavor(
-        target="tensorrt",
-        major=11,
-        title="TensorRT",
-        module="tensorrt",
-        install="pip install 'tensorrt>=10,<12'",
-        strongly_typed_flag=False,
-        cross_compiles=False,
-        timing_cache=True,
-        version_compatible=True,
-        hardware_compatible=True,
-        records_graphs=False,
-        any_os=False,
-    ),
+    _TENSORRT_10,
+    dataclasses.replace(_TENSORRT_10, major=11, strongly_typed_flag=False),
     Flavor(
         target="tensorrt-rtx",
         major=1,

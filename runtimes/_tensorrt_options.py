@@ -6,8 +6,9 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
+from runtimes._options import bad_option, check_choice, check_switches, check_whole
 from runtimes.base import InvalidInput
 
 HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
@@ -67,21 +68,13 @@ class TensorRTOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "profiles", _profiles(self.profiles))
-        if self.hardware_compatibility not in get_args(HardwareCompatibility):
-            raise _bad(
-                "hardware_compatibility",
-                self.hardware_compatibility,
-                f"one of {', '.join(get_args(HardwareCompatibility))}",
-            )
-        if type(self.optimization_level) is not int or not 0 <= self.optimization_level <= 5:
-            raise _bad("optimization_level", self.optimization_level, "a whole number from 0 to 5")
+        check_choice("TensorRT", self, "hardware_compatibility", HardwareCompatibility)
+        check_whole("TensorRT", self, "optimization_level", 0, 5)
         for name, least in (("workspace_mib", 1), ("weight_streaming_budget", 0)):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not least <= value < 1 << 40):
-                raise _bad(name, value, f"a whole number from {least}, or none")
-        for field in dataclasses.fields(self):
-            if isinstance(field.default, bool) and type(getattr(self, field.name)) is not bool:
-                raise _bad(field.name, getattr(self, field.name), "true or false")
+                raise bad_option("TensorRT", name, value, f"a whole number from {least}, or none")
+        check_switches("TensorRT", self)
 
 
 #: Options that only say how a built engine is run.
@@ -212,13 +205,13 @@ def _written(one: NetworkInput) -> str:
 def _profiles(given: Any) -> tuple[Mapping[str, Range], ...]:
     """Checks and normalises what a recipe or a caller wrote."""
     if isinstance(given, Mapping):
-        raise _bad("profiles", given, "a list of profiles, each a mapping")
+        raise bad_option("TensorRT", "profiles", given, "a list of profiles, each a mapping")
     if not isinstance(given, Sequence) or isinstance(given, str):
-        raise _bad("profiles", given, "a list of profiles, each a mapping")
+        raise bad_option("TensorRT", "profiles", given, "a list of profiles, each a mapping")
     found = []
     for profile in given:
         if not isinstance(profile, Mapping):
-            raise _bad("profiles", profile, "a list of profiles, each a mapping")
+            raise bad_option("TensorRT", "profiles", profile, "a list of profiles, each a mapping")
         found.append({key: _range(key, value) for key, value in profile.items()})
     return tuple(found)
 
@@ -226,20 +219,16 @@ def _profiles(given: Any) -> tuple[Mapping[str, Range], ...]:
 def _range(key: object, value: Any) -> Range:
     wanted = f"{key}: [smallest, most frequent, largest], of whole numbers from 1 or of whole shapes"
     if not isinstance(key, str) or not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 3:
-        raise _bad("profiles", {key: value}, wanted)
+        raise bad_option("TensorRT", "profiles", {key: value}, wanted)
     if all(isinstance(one, Sequence) and not isinstance(one, str) for one in value):
         shapes = tuple(tuple(one) for one in value)
         if len({len(shape) for shape in shapes}) == 1 and all(_rising(column) for column in zip(*shapes, strict=True)):
             return shapes[0], shapes[1], shapes[2]
     elif _rising(tuple(value)):
         return value[0], value[1], value[2]
-    raise _bad("profiles", {key: value}, f"{wanted}, and not falling")
+    raise bad_option("TensorRT", "profiles", {key: value}, f"{wanted}, and not falling")
 
 
 def _rising(sizes: tuple[Any, ...]) -> bool:
     whole = all(type(size) is int and 1 <= size <= _MAX_SIZE for size in sizes)
     return whole and list(sizes) == sorted(sizes)
-
-
-def _bad(name: str, value: object, wanted: str) -> InvalidInput:
-    return InvalidInput(f"{name} is {value!r}", where=f"option {name} of TensorRT", hint=f"wanted: {wanted}")

@@ -13,7 +13,7 @@ import stat
 import time
 from pathlib import Path
 
-from runtimes._digests import _is_ours, cache_root
+from runtimes._digests import cache_root, is_ours
 
 _MAX_OWN = 1 << 30
 
@@ -64,12 +64,12 @@ def _note(root: Path, why: str, sha256: str) -> Path:
 def read_own(path: Path) -> bytes | None:
     """The content of a file of the cache; None where there is none, or where others could have written it."""
     try:
-        if path.parent.is_symlink() or not _is_ours(os.lstat(path.parent)):
+        if path.parent.is_symlink() or not is_ours(os.lstat(path.parent)):
             return None
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or not _is_ours(status) or status.st_size > _MAX_OWN:
+            if not stat.S_ISREG(status.st_mode) or not is_ours(status) or status.st_size > _MAX_OWN:
                 return None
             return file.read()
     except OSError:

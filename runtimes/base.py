@@ -8,12 +8,21 @@ Errors::
     ├── InvalidInput            an array that the model does not take
     ├── InvalidModel            a file that is not a model, or one that may not be opened
     ├── InvalidArtifact         a package that is damaged, unsafe or of a newer schema
+    │   └── InvalidSignature    its signature is missing, not of the signer asked for, or of something else
     ├── TargetUnavailable       the target asked for cannot run on this machine
+    │   ├── NoDriver            there is no NVIDIA driver, or it finds no GPU
+    │   ├── DriverTooOld        the driver supports an older CUDA than is wanted
+    │   ├── NoSuchDevice        there is no GPU of that number
+    │   └── NoCudaPackage       neither pycuda nor cuda-bindings can be imported
     ├── CompileFailed           the runtime refused the graph
     ├── RunFailed               the runtime failed while it ran
-    └── SessionClosed           a session was used after close()
+    │   ├── CudaFailed          a call of the CUDA driver failed
+    │   └── OutOfDeviceMemory   the GPU has too little free memory
+    ├── SessionClosed           a session was used after close()
+    └── InstallFailed           a version could not be put into service; the one before still is
 
-The toolchain's own errors (``toolchain/errors.py``) grow on the same root.
+Those that are not in this module stand where they are raised. The toolchain's own errors (``toolchain/errors.py``) grow
+on the same root.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 ``compile`` keeps the portable ``model.onnx`` and nothing else. What OpenVINO makes of it loads several times
 faster, but its parser trusts the offsets in the file, so it does not travel: ``load`` keeps it in the user's own
-cache (``openvino/`` under the folder of ``runtimes/_digests.py``), under a key of everything that it is bound to.
+cache (``runtimes/_openvino_cache.py``), under a key of everything that it is bound to.
 
 OpenVINO computes float64 in float32 and every integer of 32 bits and more in int32. The first is said in
 ``session.info``; of the second, inputs that int32 cannot hold are refused, since they would be cut silently.
@@ -12,24 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib.util
-import json
-import os
-import platform
 import re
-import shutil
-import stat
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, get_args
+from typing import Any, ClassVar, Literal, NoReturn
 
 import numpy as np
 
-from runtimes._digests import TICK_NS, cache_root
+from runtimes import _openvino_cache
 from runtimes._inputs import InputCheck, aligned_empty, check_place, numpy_dtype, output_shapes
+from runtimes._options import check_choice, check_switches, check_whole, own_options
 from runtimes.base import (
     Availability,
     Backend,
@@ -72,8 +65,6 @@ _FOREIGN: dict[str, tuple[str, np.dtype[Any]]] = {
     "float8_e4m3fn": ("f8e4m3", np.dtype("uint8")),
     "float8_e5m2": ("f8e5m2", np.dtype("uint8")),
 }
-#: The cache holds no more than this; the models used least recently go first.
-_CACHE_CAP = 4 << 30
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,13 +85,10 @@ class OpenVinoOptions:
     cache: bool = True
 
     def __post_init__(self) -> None:
-        for name, kind in (("hint", Hint), ("precision", Precision)):
-            if getattr(self, name) not in get_args(kind):
-                raise _bad_option(name, getattr(self, name), f"one of {', '.join(get_args(kind))}")
-        if type(self.threads) is not int or not 0 <= self.threads <= 4096:
-            raise _bad_option("threads", self.threads, "a whole number from 0 to 4096")
-        if type(self.cache) is not bool:
-            raise _bad_option("cache", self.cache, "true or false")
+        check_choice("openvino-cpu", self, "hint", Hint)
+        check_choice("openvino-cpu", self, "precision", Precision)
+        check_whole("openvino-cpu", self, "threads", 0, 4096)
+        check_switches("openvino-cpu", self)
 
 
 class OpenVinoCpu(Backend):
@@ -134,7 +122,7 @@ class OpenVinoCpu(Backend):
 
     def compile(self, model: Path, target: Target, directory: Path, *, options: Any = None) -> Compiled:
         self._require(target)
-        options = _options(options)
+        options = own_options(self, options)
         copy_model(check_model_file(model), directory)
         checked = check_model_file(directory / "model.onnx")
         read = _read(checked)
@@ -144,7 +132,7 @@ class OpenVinoCpu(Backend):
 
     def load(self, compiled: Compiled, *, options: Any = None) -> Session:
         self._require(compiled.target)
-        options = _options(options)
+        options = own_options(self, options)
         if compiled.model_file is None:
             raise InvalidModel("there is no portable model", where=str(compiled.directory))
         checked = check_model_file(compiled.directory / compiled.model_file)
@@ -411,89 +399,23 @@ def _compile(model: Any, checked: ModelFile, config: Mapping[str, Any]) -> Any:
 def _load(checked: ModelFile, options: OpenVinoOptions) -> tuple[Any, str]:
     """A compiled model, and what the cache had to do with it."""
     config = _config(options)
-    place = _cache_place(checked, config) if options.cache else None
-    if place is not None and _is_ours(place):
-        made = _compile(str(checked.path), checked, {**config, "CACHE_DIR": str(place)})
-        if made.get_property("LOADED_FROM_CACHE"):
-            os.utime(place)
-            return made, "used"
-        return made, "it was damaged, and is written again"
+
+    def compile_cached(folder: Path) -> Any:
+        return _compile(str(checked.path), checked, {**config, "CACHE_DIR": str(folder)})
+
+    place = _openvino_cache.find_place(_core(), checked, config) if options.cache else None
+    if place is not None and (found := _openvino_cache.take(place, compile_cached)):
+        return found
     model = _read(checked)
     _specs(model.inputs, checked), _specs(model.outputs, checked)
     if place is None:
         return _compile(model, checked, config), "not used" if options.cache else "off"
     try:
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(dir=place.parent, prefix="tmp-")
+        folder = _openvino_cache.open_folder(place)
     except OSError as error:
         # A cache that cannot be written costs time, not correctness.
         return _compile(model, checked, config), f"not used: {error.strerror}"
-    try:
-        made = _compile(str(checked.path), checked, {**config, "CACHE_DIR": temporary})
-        if not os.listdir(temporary):
-            return made, "not used: OpenVINO could not write it"
-        os.rename(temporary, place)
-    except OSError:
-        return made, "written by another process meanwhile"
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _evict(place)
-    return made, "written"
-
-
-def _cache_place(checked: ModelFile, config: Mapping[str, Any]) -> Path | None:
-    """The folder of what OpenVINO makes of these files with this configuration on this machine."""
-    root = cache_root()
-    if root is None:
-        return None
-    files = [os.stat(path) for path in (checked.path, *checked.data_files)]
-    newest = max(max(status.st_ctime_ns, status.st_mtime_ns) for status in files)
-    if sum(status.st_size for status in files) > _CACHE_CAP // 2 or time.time_ns() < newest + TICK_NS:
-        return None
-    identities = [[s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in files]
-    core = _core()
-    parts = {
-        "openvino": core.get_versions("CPU")["CPU"].build_number,
-        "cpu": [core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")],
-        "machine": platform.machine(),
-        "path": str(checked.path.resolve()),
-        "files": identities,
-        "config": dict(config),
-    }
-    return root / "openvino" / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _is_ours(place: Path) -> bool:
-    """Whether a cached model is there and nobody but this user can have written it."""
-    try:
-        return all(
-            stat.S_ISDIR(status.st_mode)
-            and (not hasattr(os, "getuid") or status.st_uid == os.getuid())
-            and not status.st_mode & 0o022
-            for status in (os.lstat(place), os.lstat(place.parent))
-        )
-    except OSError:
-        return False
-
-
-def _evict(keep: Path) -> None:
-    """Removes the models used least recently until the rest fits the cap."""
-    found = []
-    for place in keep.parent.iterdir():
-        try:
-            if place.name.startswith("tmp-") and place.stat().st_mtime > time.time() - 3600:
-                continue  # another process is writing it; older ones were left by one that died
-            size = sum(file.stat().st_size for file in place.iterdir())
-            found.append((place.stat().st_mtime, size, place))
-        except OSError:
-            continue  # another process removed it
-    total = sum(size for _, size, _ in found)
-    for _, size, place in sorted(found):
-        if total <= _CACHE_CAP:
-            return
-        if place != keep:
-            shutil.rmtree(place, ignore_errors=True)
-            total -= size
+    return _openvino_cache.fill(place, folder, compile_cached)
 
 
 def _remarks(model: Any) -> tuple[str, ...]:
@@ -566,21 +488,6 @@ def _run_error(error: RuntimeError) -> RunFailed:
     if _out_of_memory(error):
         text, hint = f"out of memory: {text}", "take a smaller batch, or free memory"
     return RunFailed(f"OpenVINO failed while it ran: {text}", where=f"node {node!r}" if node else None, hint=hint)
-
-
-def _options(options: Any) -> OpenVinoOptions:
-    if options is None:
-        return OpenVinoOptions()
-    if not isinstance(options, OpenVinoOptions):
-        raise InvalidInput(
-            f"options of openvino-cpu are an OpenVinoOptions, not a {type(options).__name__}",
-            hint="runtimes.openvino_cpu.OpenVinoOptions(hint=...)",
-        )
-    return options
-
-
-def _bad_option(name: str, value: object, wanted: str) -> InvalidInput:
-    return InvalidInput(f"{name} is {value!r}", where=f"option {name} of openvino-cpu", hint=f"wanted: {wanted}")
 
 
 BACKEND = OpenVinoCpu()

@@ -22,15 +22,15 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
+from runtimes._options import check_choice, check_switches, check_whole, own_options
 from runtimes._ort import OrtSession, clashing_wheels, make_session
 from runtimes.base import (
     Availability,
     Backend,
     Compiled,
     Error,
-    InvalidInput,
     InvalidModel,
     Session,
     Target,
@@ -63,15 +63,10 @@ class OrtCpuOptions:
     spinning: bool = True
 
     def __post_init__(self) -> None:
-        if self.graph_level not in get_args(GraphLevel):
-            raise _bad_option("graph_level", self.graph_level, f"one of {', '.join(get_args(GraphLevel))}")
-        for name, least in (("intra_op_threads", 0), ("inter_op_threads", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value <= 4096:
-                raise _bad_option(name, value, f"a whole number from {least} to 4096")
-        for name in ("arena", "memory_pattern", "spinning"):
-            if type(getattr(self, name)) is not bool:
-                raise _bad_option(name, getattr(self, name), "true or false")
+        check_choice("ort-cpu", self, "graph_level", GraphLevel)
+        check_whole("ort-cpu", self, "intra_op_threads", 0, 4096)
+        check_whole("ort-cpu", self, "inter_op_threads", 1, 4096)
+        check_switches("ort-cpu", self)
 
 
 class OrtCpu(Backend):
@@ -105,7 +100,7 @@ class OrtCpu(Backend):
 
     def compile(self, model: Path, target: Target, directory: Path, *, options: Any = None) -> Compiled:
         self._require(target)
-        options = _options(options)
+        options = own_options(self, options)
         copy_model(check_model_file(model), directory)
         portable = directory / "model.onnx"
         try:
@@ -125,12 +120,12 @@ class OrtCpu(Backend):
         )
 
     def selects(self, compiled: Compiled, *, options: Any = None) -> str:
-        file, _ = _select(compiled, _options(options))
+        file, _ = _select(compiled, own_options(self, options))
         return file
 
     def load(self, compiled: Compiled, *, options: Any = None) -> Session:
         self._require(compiled.target)
-        options = _options(options)
+        options = own_options(self, options)
         file, why_not = _select(compiled, options)
         if why_not and why_not.startswith("made for"):
             warnings.warn(
@@ -176,21 +171,6 @@ def fingerprint(graph_level: str) -> dict[str, str]:
         "cpu": _cpu_features(),
         "graph_level": graph_level,
     }
-
-
-def _options(options: Any) -> OrtCpuOptions:
-    if options is None:
-        return OrtCpuOptions()
-    if not isinstance(options, OrtCpuOptions):
-        raise InvalidInput(
-            f"options of ort-cpu are an OrtCpuOptions, not a {type(options).__name__}",
-            hint="runtimes.ort_cpu.OrtCpuOptions(intra_op_threads=...)",
-        )
-    return options
-
-
-def _bad_option(name: str, value: object, wanted: str) -> InvalidInput:
-    return InvalidInput(f"{name} is {value!r}", where=f"option {name} of ort-cpu", hint=f"wanted: {wanted}")
 
 
 def _select(compiled: Compiled, options: OrtCpuOptions) -> tuple[str, str | None]:

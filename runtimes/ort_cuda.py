@@ -19,11 +19,12 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from runtimes import _cuda
 from runtimes._digests import cache_root
 from runtimes._driver import driver
+from runtimes._options import bad_option, check_choice, check_switches, own_options
 from runtimes._ort import clashing_wheels, make_session
 from runtimes._ort_device import OrtCudaSession
 from runtimes.base import (
@@ -32,7 +33,6 @@ from runtimes.base import (
     Compiled,
     CompileFailed,
     Error,
-    InvalidInput,
     InvalidModel,
     Session,
     Target,
@@ -82,19 +82,13 @@ class OrtCudaOptions:
     cpu_nodes: bool = True
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("graph_level", get_args(GraphLevel)),
-            ("arena_extend_strategy", get_args(ArenaExtendStrategy)),
-            ("cudnn_conv_algo_search", get_args(ConvAlgoSearch)),
-        ):
-            if getattr(self, name) not in choices:
-                raise _bad_option(name, getattr(self, name), f"one of {', '.join(choices)}")
+        check_choice("ort-cuda", self, "graph_level", GraphLevel)
+        check_choice("ort-cuda", self, "arena_extend_strategy", ArenaExtendStrategy)
+        check_choice("ort-cuda", self, "cudnn_conv_algo_search", ConvAlgoSearch)
         limit = self.gpu_mem_limit
         if limit is not None and (type(limit) is not int or not 1 << 20 <= limit < 1 << 48):
-            raise _bad_option("gpu_mem_limit", limit, "a whole number of bytes from 1048576, or none")
-        for field in dataclasses.fields(self):
-            if isinstance(field.default, bool) and type(getattr(self, field.name)) is not bool:
-                raise _bad_option(field.name, getattr(self, field.name), "true or false")
+            raise bad_option("ort-cuda", "gpu_mem_limit", limit, "a whole number of bytes from 1048576, or none")
+        check_switches("ort-cuda", self)
 
 
 class OrtCuda(Backend):
@@ -144,7 +138,7 @@ class OrtCuda(Backend):
 
     def compile(self, model: Path, target: Target, directory: Path, *, options: Any = None) -> Compiled:
         self._require(target)
-        options = _options(options)
+        options = own_options(self, options)
         copy_model(check_model_file(model), directory)
         compiled = Compiled(
             target, directory, "model.onnx", remarks=("ONNX Runtime prepares a model for the GPU while it loads it",)
@@ -154,7 +148,7 @@ class OrtCuda(Backend):
 
     def load(self, compiled: Compiled, *, options: Any = None) -> Session:
         self._require(compiled.target)
-        options = _options(options)
+        options = own_options(self, options)
         ordinal = _ordinal(compiled.target)
         if options.tensorrt and (reason := library_missing("tensorrt")):
             raise TargetUnavailable(
@@ -359,21 +353,6 @@ def _ordinal(target: Target) -> int:
     if not target.device.isdigit():
         raise TargetUnavailable(f"ort-cuda has no device {target.device!r}", hint="write ort-cuda:0, the GPU's number")
     return int(target.device)
-
-
-def _options(options: Any) -> OrtCudaOptions:
-    if options is None:
-        return OrtCudaOptions()
-    if not isinstance(options, OrtCudaOptions):
-        raise InvalidInput(
-            f"options of ort-cuda are an OrtCudaOptions, not a {type(options).__name__}",
-            hint="runtimes.ort_cuda.OrtCudaOptions(cuda_graph=...)",
-        )
-    return options
-
-
-def _bad_option(name: str, value: object, wanted: str) -> InvalidInput:
-    return InvalidInput(f"{name} is {value!r}", where=f"option {name} of ort-cuda", hint=f"wanted: {wanted}")
 
 
 BACKEND = OrtCuda()

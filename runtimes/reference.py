@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from runtimes._inputs import InputCheck, check_place, numpy_dtype
+from runtimes._options import own_options
 from runtimes.base import (
     Availability,
     Backend,
@@ -56,14 +57,16 @@ class Reference(Backend):
         return Availability(True, version=importlib.metadata.version("onnx"))
 
     def compile(self, model: Path, target: Target, directory: Path, *, options: Any = None) -> Compiled:
-        self._require(target, options)
+        self._require(target)
+        own_options(self, options)
         copy_model(check_model_file(model), directory)
         compiled = Compiled(target, directory, model_file="model.onnx")
         self.load(compiled).close()
         return compiled
 
     def load(self, compiled: Compiled, *, options: Any = None) -> Session:
-        self._require(compiled.target, options)
+        self._require(compiled.target)
+        own_options(self, options)
         if compiled.model_file is None:
             raise InvalidModel("there is no portable model", where=str(compiled.directory))
         file = check_model_file(compiled.directory / compiled.model_file).path
@@ -90,11 +93,9 @@ class Reference(Backend):
         }
         return ReferenceSession(evaluator, compiled.target, inputs, outputs, info)
 
-    def _require(self, target: Target, options: Any) -> None:
+    def _require(self, target: Target) -> None:
         if target.device is not None:
             raise TargetUnavailable(f"reference has no device {target.device!r}", hint="write reference")
-        if not isinstance(options, (ReferenceOptions, type(None))):
-            raise InvalidInput(f"the reference has no options, but was given a {type(options).__name__}")
         state = self.probe()
         if not state.available:
             raise TargetUnavailable(f"reference cannot run here: {state.reason}", hint=f"run: {state.remedy}")

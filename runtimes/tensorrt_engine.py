@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 from runtimes import _cuda, _cuda_packages, _trust
 from runtimes._digests import cache_root
 from runtimes._driver import Driver, Gpu, driver
+from runtimes._options import own_options
 from runtimes._tensorrt_api import FLAVORS, Api, require_api
 from runtimes._tensorrt_build import Engine, Progress, build_engine, watch_builds
 from runtimes._tensorrt_fingerprint import (
@@ -154,7 +155,7 @@ class TensorRT(Backend):
     def compile(self, model: Path, target: Target, directory: Path, *, options: Any = None) -> Compiled:
         """Builds an engine. ``watch_builds`` tells how far it is; Ctrl-C ends it within a step of the builder."""
         api = self._api(target)
-        options = self._options(options)
+        options = own_options(self, options)
         _refuse_foreign_options(api, options)
         device = self._device(api, target)
         model = Path(model)
@@ -198,7 +199,7 @@ class TensorRT(Backend):
         if compiled.prepared_file is None:
             raise _not_compiled(compiled)
         api = self._api(compiled.target)
-        options = self._options(options)
+        options = own_options(self, options)
         file = compiled.directory / compiled.prepared_file
         command = rebuild_of(compiled)
         check_version(api, compiled, file, command)
@@ -228,16 +229,6 @@ class TensorRT(Backend):
         return _tensorrt_session.make_session(
             api, plan, compiled.target, options=options, info=info, plan_sha256=sha256, shapes=shapes
         )
-
-    def _options(self, options: Any) -> TensorRTOptions:
-        if options is None:
-            return TensorRTOptions()
-        if not isinstance(options, TensorRTOptions):
-            raise InvalidInput(
-                f"options of {self.name} are a TensorRTOptions, not a {type(options).__name__}",
-                hint="runtimes.tensorrt_engine.TensorRTOptions(optimization_level=...)",
-            )
-        return options
 
     def _named(self, api: Api, target: Target) -> tuple[str, ...]:
         """The compute capabilities that a target names; none where it names a GPU by number, or nothing.

@@ -24,7 +24,8 @@ from toolchain.machine import this_machine
 from toolchain.measure import compared, compile_variant, measure, session_values
 from toolchain.optimize import PassReport
 from toolchain.progress import Status, silent
-from toolchain.recipe import Recipe, dump
+from toolchain.recipe import Recipe
+from toolchain.recipe_file import dump
 from toolchain.render import html
 from toolchain.report import BuildReport, VariantReport
 from toolchain.selftest import KEY, make_selftest

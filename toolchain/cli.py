@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from toolchain import console, models
-from toolchain import recipe as recipes
+from toolchain import console, models, recipe_file
 from toolchain.benchmark import Plan, Subject, benchmark, compare_latency
 from toolchain.cache import Cache
 from toolchain.cli_bundle import bundling
@@ -20,6 +19,7 @@ from toolchain.cli_debug import debugging
 from toolchain.cli_look import looking
 from toolchain.cli_prune import pruning
 from toolchain.errors import RecipeError
+from toolchain.recipe import from_dict
 from toolchain.render import bench_section, comparison_table, show
 from toolchain.tables import decibels, percent, table
 
@@ -147,9 +147,9 @@ def build(
     from toolchain.build import build as run_build
 
     recipe = (
-        recipes.read(Path(model))
+        recipe_file.read(Path(model))
         if model.endswith((".yaml", ".yml"))
-        else recipes.from_dict({"model": model}, origin="command line")
+        else from_dict({"model": model}, origin="command line")
     )
     recipe = recipe.override(
         targets=target or None,
@@ -247,7 +247,7 @@ def optimize(
     from toolchain.optimize import optimize as run_passes
     from toolchain.seeded import seeded_inputs
 
-    recipe = recipes.from_dict({"model": str(model), "passes": only or "default"}, origin="--pass")
+    recipe = from_dict({"model": str(model), "passes": only or "default"}, origin="--pass")
     graph = read_onnx(model)
     specs = input_specs(graph)
     samples = (

@@ -21,7 +21,8 @@ from toolchain import console, models
 from toolchain.as_json import to_json
 from toolchain.cache import Cache, Entry
 from toolchain.doctor import diagnose
-from toolchain.recipe import commented, from_dict
+from toolchain.recipe import from_dict
+from toolchain.recipe_file import commented
 from toolchain.tables import Rows, megabytes, table
 
 looking = typer.Typer()

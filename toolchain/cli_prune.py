@@ -10,14 +10,13 @@ from rich.text import Text
 
 from passes.prune_weights import masks_of
 from toolchain import console
-from toolchain import recipe as recipes
 from toolchain.cli_calibrate import preprocessing_of
 from toolchain.data import Dataset, open_dataset
 from toolchain.errors import GraphError, RecipeError, StorageError
 from toolchain.evaluate import class_count, input_specs
 from toolchain.masks import write_masks
 from toolchain.onnx_file import read_onnx, write_onnx
-from toolchain.recipe import Prune, Recipe
+from toolchain.recipe import Prune, from_dict
 from toolchain.render import prune_notes, prune_sections
 from toolchain.samples import Batch
 from toolchain.seeded import seeded_inputs
@@ -169,7 +168,7 @@ def prune(
 def _asked(*, data: dict[str, Any], **options: Any) -> Prune:
     """What was asked, checked as a recipe's section is. Raises RecipeError with the option."""
     try:
-        recipe: Recipe = recipes.from_dict({"model": "-", "prune": options, "data": data}, origin="command line")
+        recipe = from_dict({"model": "-", "prune": options, "data": data}, origin="command line")
     except RecipeError as error:
         key = (error.where or "").rpartition(".")[2]
         error.where = f"--{key.replace('_', '-')}" if key in Prune.model_fields else None

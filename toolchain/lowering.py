@@ -10,6 +10,7 @@ from pathlib import Path
 import runtimes
 from toolchain.as_json import dumps, from_json
 from toolchain.cache import digest_of
+from toolchain.candidates import Tools
 from toolchain.data import Batch
 from toolchain.evaluate import reference_session
 from toolchain.float16 import find_keep_list
@@ -18,7 +19,7 @@ from toolchain.line import Line
 from toolchain.lower import BY_PASS, INT8_FP16, TUNED, lower_by_pass, tuned
 from toolchain.machine import cpu_model
 from toolchain.onnx_file import write_onnx
-from toolchain.quantization import Int8Report, Tools, quantise_within_budget
+from toolchain.quantization import Int8Report, quantise_within_budget
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -141,19 +141,24 @@ def check_weights(model: ir.Model, *, where: str) -> None:
                 )
 
 
-def write_onnx(model: ir.Model, path: Path) -> None:
-    """Writes the model; from 1.8 GB of weights on, they go into ``<name>.data`` beside it.
-
-    Raises:
-        StorageError: the disk is full or not writable.
-    """
-    size = sum(
+def weights_size(model: ir.Model) -> int:
+    """Bytes of all initializers, those of subgraphs too."""
+    return sum(
         value.const_value.nbytes
         for graph in graphs(model)
         if isinstance(graph, ir.Graph)
         for value in graph.initializers.values()
         if value.const_value is not None
     )
+
+
+def write_onnx(model: ir.Model, path: Path) -> None:
+    """Writes the model; from 1.8 GB of weights on, they go into ``<name>.data`` beside it.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    size = weights_size(model)
     if path.exists() and not path.is_file():
         raise StorageError(
             f"cannot write {path.name}: what is there is no plain file", where=str(path), hint="write elsewhere"

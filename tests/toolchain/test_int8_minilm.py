@@ -9,10 +9,11 @@ import pytest
 
 from runtimes import Session, Target
 from toolchain.calibration import calibrate
+from toolchain.candidates import Tools
 from toolchain.data import Batch
 from toolchain.evaluate import Feeds, reference_session
 from toolchain.judge import Judge, candidate_session
-from toolchain.quantization import Tools, quantise_within_budget
+from toolchain.quantization import quantise_within_budget
 
 CPU = Target("ort-cpu")
 #: sentences to calibrate on, to judge by, and to score, none of them twice

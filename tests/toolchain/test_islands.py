@@ -119,9 +119,9 @@ def test_what_is_slower_is_returned_and_said(monkeypatch: pytest.MonkeyPatch) ->
     with reference_session(model) as session:
         judge = Judge(session, [Batch(feeds, None)], metric="nmse")
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr("toolchain.quantization.slower_in_int8", lambda *_: {"c2": -0.5})
+    monkeypatch.setattr("toolchain.candidates.slower_in_int8", lambda *_: {"c2": -0.5})
     monkeypatch.setattr(
-        "toolchain.quantization._Candidates.is_faster",
+        "toolchain.candidates.Candidates.is_faster",
         lambda self, tools, returned, than: asked.append(returned) or True,
     )
 

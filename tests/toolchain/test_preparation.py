@@ -10,13 +10,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from runtimes import Target
 from toolchain.calibration import calibrate
+from toolchain.candidates import Tools
 from toolchain.data import Batch
 from toolchain.errors import DataError
 from toolchain.evaluate import reference_session, run_reference
 from toolchain.judge import Judge
 from toolchain.metrics import tensor_error
 from toolchain.preparation import prepare
-from toolchain.quantization import Tools, quantise_within_budget
+from toolchain.quantization import quantise_within_budget
 
 CPU = Target("ort-cpu")
 RNG = np.random.default_rng(3)

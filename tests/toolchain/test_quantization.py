@@ -16,11 +16,13 @@ import runtimes
 from passes.quantize_int8 import quantizable
 from runtimes import Target
 from toolchain.calibration import calibrate
+from toolchain.candidates import Tools
 from toolchain.data import Batch
 from toolchain.errors import DataError, FidelityError, GraphError
 from toolchain.evaluate import reference_session
+from toolchain.judge import Judge
 from toolchain.lower import lower_int8
-from toolchain.quantization import Judge, Tools, quantise_within_budget
+from toolchain.quantization import quantise_within_budget
 from toolchain.sensitivity import layer_sensitivities
 
 CPU = Target("ort-cpu")
