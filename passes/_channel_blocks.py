@@ -36,15 +36,22 @@ class Block:
         name: label of the Add that ends it.
         layers: labels of its nodes with weights, in the order of the graph.
         end: the Add.
-        shortcut: x.
+        side: which input of the Add is x.
         nodes: all that go with it, the last first, the Add not among them.
     """
 
     name: str
     layers: tuple[str, ...]
     end: ir.Node
-    shortcut: ir.Value
+    side: int
     nodes: tuple[ir.Node, ...]
+
+    @property
+    def shortcut(self) -> ir.Value:
+        """x, as it is now: where it is the sum of a block that was taken out, it is what that one read."""
+        value = self.end.inputs[self.side]
+        assert value is not None
+        return value
 
 
 def find_blocks(model: ir.Model) -> tuple[Block, ...]:
@@ -64,7 +71,7 @@ def find_blocks(model: ir.Model) -> tuple[Block, ...]:
                 weighted = [n for n in ordered if is_op(n, "Conv", "ConvTranspose", "Gemm", "MatMul")]
                 if weighted:
                     layers = tuple(label(n) for n in weighted)
-                    found.append(Block(label(node), layers, node, shortcut, tuple(reversed(ordered))))
+                    found.append(Block(label(node), layers, node, index, tuple(reversed(ordered))))
                     break
     return tuple(found)
 
@@ -121,7 +128,7 @@ def drop(block: Block) -> None:
 
 def silence(model: ir.Model, block: Block) -> None:
     """Multiplies the block's own part of the sum by zero."""
-    index = 1 if block.end.inputs[0] is block.shortcut else 0
+    index = 1 - block.side
     branch = block.end.inputs[index]
     assert branch is not None
     assert branch.dtype is not None

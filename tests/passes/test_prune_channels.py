@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -229,6 +230,21 @@ def test_blocks_are_found_and_taken_out() -> None:
     assert "u1" not in shapes(model)
     assert not step(model).modified
     assert PruneChannels(ratio=0.75, blocks=("Add -> s1", "Add -> s2"))(model).modified
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations((1, 2, 3))))
+def test_blocks_that_add_to_each_others_sums_go_together(order: tuple[int, ...]) -> None:
+    """As in MobileNet: nothing lies between two sums, so the shortcut of one is the sum of the other."""
+    body = "s0 = Conv <pads = [1, 1, 1, 1]> (x, stem) " + " ".join(
+        f"c{i} = Conv <{P}> (s{i - 1}, u{i}) d{i} = Relu (c{i}) e{i} = Conv <{P}> (d{i}, v{i}) "
+        f"s{i} = Add ({f'e{i}, s{i - 1}' if i == 2 else f's{i - 1}, e{i}'})"
+        for i in (1, 2, 3)
+    )
+    proto = graph(f"{body} y = Conv (s3, head)", BLOCK_WEIGHTS)
+    model, _ = prove(proto, cut=Cut(blocks=tuple(f"Add -> s{i}" for i in order)))
+    assert [node.op_type for node in model.graph] == ["Conv", "Conv"]
+    model, _ = prove(proto, cut=Cut(blocks=tuple(f"Add -> s{i}" for i in order[:2])))
+    assert [node.op_type for node in model.graph].count("Add") == 1
 
 
 @pytest.mark.parametrize(
