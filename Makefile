@@ -33,7 +33,7 @@ help:
 comma := ,
 ORT    := $(if $(filter ort-cuda ort-cuda:%,$(TARGET)),ort-cuda,ort-cpu)
 TRT    := $(if $(filter tensorrt tensorrt:%,$(TARGET)),$(comma)tensorrt)
-EXTRAS := build,$(ORT),openvino-cpu,tensorrt-rtx$(TRT),export,images,install,sign,dev
+EXTRAS := build,$(ORT),openvino-cpu,tensorrt-rtx$(TRT),export,images,install,sign,serve,dev
 STAMP  := $(VENV)/installed-$(ORT)$(subst $(comma),-,$(TRT))
 
 # Installed again when the list of packages changes; a half-finished install leaves no stamp.

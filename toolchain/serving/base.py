@@ -1,0 +1,193 @@
+"""What the parts of the server hand each other: requests, answers, what a model takes, and the errors of serving.
+
+Errors, each with the status that it is told by in HTTP and in gRPC::
+
+    ServingError
+    ├── InvalidRequest     400  INVALID_ARGUMENT     names, shapes, dtypes, a body that is not what it says
+    ├── Unauthenticated    401  UNAUTHENTICATED      no token, or a wrong one
+    ├── NotFound           404  NOT_FOUND            no such model, version, task or page
+    ├── TooLarge           413  RESOURCE_EXHAUSTED   a request beyond a limit on sizes
+    ├── Overloaded         429  RESOURCE_EXHAUSTED   a queue is full, or memory is: come back later
+    ├── DeadlineExceeded   504  DEADLINE_EXCEEDED    the request waited longer than it allows
+    ├── Unsupported        501  UNIMPLEMENTED        a part of the protocol that is not served
+    ├── Unavailable        503  UNAVAILABLE          the model loads, the server drains
+    └── ModelFailed        500  INTERNAL             the runtime failed while it ran
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from runtimes import Error, TensorSpec
+
+
+class ServingError(Error):
+    """A request that is not answered with a result. ``http`` and ``grpc`` are its statuses."""
+
+    http: ClassVar[int] = 500
+    grpc: ClassVar[str] = "INTERNAL"
+
+
+class InvalidRequest(ServingError):
+    """A request that does not follow the protocol, or does not fit the model."""
+
+    http = 400
+    grpc = "INVALID_ARGUMENT"
+
+
+class Unauthenticated(ServingError):
+    """A request without a token that is wanted, or with a wrong one."""
+
+    http = 401
+    grpc = "UNAUTHENTICATED"
+
+
+class NotFound(ServingError):
+    """There is no such model, version, task or page."""
+
+    http = 404
+    grpc = "NOT_FOUND"
+
+
+class TooLarge(ServingError):
+    """A request that is larger than the server takes."""
+
+    http = 413
+    grpc = "RESOURCE_EXHAUSTED"
+
+
+class Overloaded(ServingError):
+    """The queue is full, too many requests are in flight, or memory is short. Sent again later it may be answered."""
+
+    http = 429
+    grpc = "RESOURCE_EXHAUSTED"
+
+
+class DeadlineExceeded(ServingError):
+    """The request's own deadline passed while it waited; the model did not see it."""
+
+    http = 504
+    grpc = "DEADLINE_EXCEEDED"
+
+
+class Unsupported(ServingError):
+    """A part of the protocol that this server, or this model, does not have."""
+
+    http = 501
+    grpc = "UNIMPLEMENTED"
+
+
+class Unavailable(ServingError):
+    """The model is not ready yet, or the server is shutting down."""
+
+    http = 503
+    grpc = "UNAVAILABLE"
+
+
+class ModelFailed(ServingError):
+    """The runtime failed while it ran the model."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One version of a model, as its manifest and its session describe it.
+
+    Attributes:
+        name: as in the URL.
+        version: a number in text, "1".
+        inputs, outputs: with the batch axis, where there is one.
+        max_batch_size: 0 where the first axis is not a batch axis that may vary, or batching is switched off;
+            else the most rows that are run at once.
+        platform: the variant's runtime, such as ``ort-cpu``.
+        precision: of the variant, such as ``int8``.
+        digest: of the artifact's manifest, hex; "" for a bare ONNX file.
+        labels: names of the classes, in their order; empty where the artifact has none.
+        preprocessing: how an image becomes the input, as ``ImagePreprocessing.to_json`` has it; None: unknown.
+        metadata: the rest of the artifact's own data.
+    """
+
+    name: str
+    version: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_batch_size: int = 0
+    platform: str = ""
+    precision: str = ""
+    digest: str = ""
+    labels: tuple[str, ...] = ()
+    preprocessing: Mapping[str, Any] | None = None
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(slots=True)
+class Request:
+    """One inference that was asked for, decoded and checked against ``ModelInfo`` (``tensors.check``).
+
+    Attributes:
+        model: its name.
+        version: the version asked for; "" lets the server choose.
+        inputs: an array for each of the model's inputs, C-contiguous, of its dtype. Nobody writes into them.
+        outputs: the outputs asked for; () is all of them.
+        id: the client's own name for it, handed back.
+        priority: 1 is served first; 0 is the model's default.
+        deadline_ns: ``time.monotonic_ns()`` at which an answer is worth nothing any more; None where there is none.
+        received_ns: ``time.monotonic_ns()`` when its first byte was handled; queue time is counted from here.
+    """
+
+    model: str
+    version: str
+    inputs: Mapping[str, np.ndarray]
+    outputs: tuple[str, ...] = ()
+    id: str = ""
+    priority: int = 0
+    deadline_ns: int | None = None
+    received_ns: int = 0
+
+
+@dataclasses.dataclass(slots=True)
+class Response:
+    """The answer to a ``Request``.
+
+    Attributes:
+        model, version: which answered.
+        outputs: in the order asked for. May be views of a larger batch: read, do not write.
+        id: the request's.
+        cached: it came from the result cache.
+    """
+
+    model: str
+    version: str
+    outputs: Mapping[str, np.ndarray]
+    id: str = ""
+    cached: bool = False
+
+
+class Served(Protocol):
+    """What answers requests for the transports: ``models.Models``, and stand-ins in tests of a transport."""
+
+    def info(self, model: str, version: str = "") -> ModelInfo:
+        """What a model takes; of the version that would answer now where none is asked for.
+
+        Cheap, and loads nothing: transports ask before they decode. Raises NotFound, Unavailable.
+        """
+        ...
+
+    def versions(self, model: str) -> tuple[str, ...]:
+        """The versions that may be asked for, ascending. Raises NotFound."""
+        ...
+
+    def names(self) -> tuple[str, ...]:
+        """All models, sorted, whether ready or not."""
+        ...
+
+    def is_ready(self, model: str | None = None, version: str = "") -> bool:
+        """Whether a model, or for None anything at all, can answer at once or after loading. Raises NotFound."""
+        ...
+
+    async def infer(self, request: Request) -> Response:
+        """Answers. Raises ServingError; nothing else leaves it but cancellation."""
+        ...
