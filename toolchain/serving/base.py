@@ -5,6 +5,7 @@ Errors, each with the status that it is told by in HTTP and in gRPC::
     ServingError
     ├── InvalidRequest     400  INVALID_ARGUMENT     names, shapes, dtypes, a body that is not what it says
     ├── Unauthenticated    401  UNAUTHENTICATED      no token, or a wrong one
+    ├── PermissionDenied   403  PERMISSION_DENIED    a token that is good, but not for this model
     ├── NotFound           404  NOT_FOUND            no such model, version, task or page
     ├── TooLarge           413  RESOURCE_EXHAUSTED   a request beyond a limit on sizes
     ├── Overloaded         429  RESOURCE_EXHAUSTED   a queue is full, or memory is: come back later
@@ -44,6 +45,13 @@ class Unauthenticated(ServingError):
 
     http = 401
     grpc = "UNAUTHENTICATED"
+
+
+class PermissionDenied(ServingError):
+    """A request with a good token that is not for this model."""
+
+    http = 403
+    grpc = "PERMISSION_DENIED"
 
 
 class NotFound(ServingError):
@@ -157,6 +165,7 @@ class Response:
         outputs: in the order asked for. May be views of a larger batch: read, do not write.
         id: the request's.
         cached: it came from the result cache.
+        queue_ns, compute_ns: how long the request waited, and how long the model ran for it; for logs and traces.
     """
 
     model: str
@@ -164,6 +173,8 @@ class Response:
     outputs: Mapping[str, np.ndarray]
     id: str = ""
     cached: bool = False
+    queue_ns: int = 0
+    compute_ns: int = 0
 
 
 class Served(Protocol):

@@ -131,6 +131,8 @@ class ServerOptions(_Options):
         max_memory: bytes of resident memory that the process may have; None: no bound but the machine's.
         slo_p99_ms: the latency at the 99th percentile to hold; batch size and delay follow from what is measured.
         workers: processes that share the ports.
+        threads: of one session, where the model's own ``session_options`` say nothing; None leaves it to the runtime
+            with one worker, and divides the cores among several.
         poll_seconds: how often the repository is looked at; 0 never.
         max_request_bytes: of one body or message.
         max_in_flight: requests that are being handled at once, of all models.
@@ -142,6 +144,9 @@ class ServerOptions(_Options):
         result_cache: bounds of the result cache.
         trust: as ``runtimes.load`` takes it: vouch for compiled code that was not built on this machine.
         log_format: ``json`` for machines, ``text`` for people.
+        log_requests: which requests get a line: ``all``, those that ``failed``, or ``none``.
+        trace: write OpenTelemetry traces. Also on where the environment says ``OTEL_EXPORTER_OTLP_ENDPOINT`` or
+            ``OTEL_TRACES_EXPORTER``.
         defaults: what models are served with that say nothing themselves.
     """
 
@@ -153,6 +158,7 @@ class ServerOptions(_Options):
     max_memory: Positive | None = None
     slo_p99_ms: Annotated[float, pydantic.Field(gt=0)] | None = None
     workers: Annotated[int, pydantic.Field(ge=1, le=256)] = 1
+    threads: Annotated[int, pydantic.Field(ge=1, le=4096)] | None = None
     poll_seconds: Annotated[float, pydantic.Field(ge=0)] = 2.0
     max_request_bytes: Positive = 64 << 20
     max_in_flight: Positive = 4096
@@ -165,4 +171,6 @@ class ServerOptions(_Options):
     result_cache: ResultCache = ResultCache()
     trust: bool = False
     log_format: Literal["json", "text"] = "text"
+    log_requests: Literal["all", "failed", "none"] = "failed"
+    trace: bool = False
     defaults: ModelOptions = ModelOptions()
