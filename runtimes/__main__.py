@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from runtimes import _doctor
 from runtimes import install as installing
 from runtimes.package import is_package, read_package
 
+#: Elements of an output beyond which only its beginning and end are printed.
+_SHOWN = 100
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line. Returns the exit code: 0; 2 after an error, which is printed; 1 where doctor says no."""
+    """Runs the command line. Returns the exit code: 0; 2 after an error, which is printed; 1 where doctor says no;
+    130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m runtimes", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run a model once on arrays from .npy or .npz files")
@@ -52,11 +57,18 @@ def main(arguments: list[str] | None = None) -> int:
             if parsed.command == "info":
                 _print(_describe(parsed.path, session))
             else:
+                if parsed.output is not None:
+                    _check_output(parsed.output, len(session.outputs))
                 outputs = session.run(_read(parsed.input, session))
                 _write(parsed.output, outputs)
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        sys.stdout = None  # or the interpreter complains at exit
     except (runtimes.Error, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written was left", file=sys.stderr)  # noqa: T201
+        return 130
     return 0
 
 
@@ -138,8 +150,17 @@ def _read(given: list[str], session: runtimes.Session) -> dict[str, np.ndarray]:
         name, _, file = text.rpartition("=")
         try:
             content = np.load(file, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise runtimes.InvalidInput(f"not a .npy or .npz file: {error}", where=file) from error
+        except OSError as error:
+            raise runtimes.InvalidInput(
+                f"the input cannot be read: {error.strerror or error}", where=file, hint="check the path"
+            ) from error
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            # Not numpy's own words: of whatever it does not know it says that pickle might read it.
+            raise runtimes.InvalidInput(
+                "not a .npy or .npz file, a damaged one, or one with Python objects",
+                where=file,
+                hint="write it with numpy.save or numpy.savez",
+            ) from error
         if isinstance(content, np.ndarray):
             if not name and len(session.inputs) != 1:
                 raise runtimes.InvalidInput(
@@ -147,10 +168,13 @@ def _read(given: list[str], session: runtimes.Session) -> dict[str, np.ndarray]:
                     where=file,
                     hint=f"--input {session.inputs[0].name if session.inputs else 'NAME'}={file}",
                 )
-            feeds[name or session.inputs[0].name] = content
+            found = {name or session.inputs[0].name: content}
         else:
             with content:
-                feeds.update({key: content[key] for key in content.files})
+                found = {key: content[key] for key in content.files}
+        if twice := sorted(feeds.keys() & found.keys()):
+            raise runtimes.InvalidInput(f"input {twice[0]!r} is given twice", where=file, hint="give it once")
+        feeds |= found
     return feeds
 
 
@@ -159,22 +183,44 @@ def _require_other(output: Path, inputs: list[str]) -> None:
     for text in inputs:
         for name in (text, text.partition("=")[2]):
             if name and os.path.exists(name) and output.exists() and os.path.samefile(name, output):
-                raise runtimes.InvalidInput("the output would replace an input", where=str(output))
+                raise runtimes.InvalidInput(
+                    "the output would replace an input", where=str(output), hint="give another --output"
+                )
+
+
+def _check_output(path: Path, count: int) -> None:
+    """Says before the model runs that its outputs cannot be written so."""
+    if path.suffix not in (".npy", ".npz"):
+        raise runtimes.InvalidInput(
+            "outputs are written as .npy or .npz", where=str(path), hint="give a name that ends so"
+        )
+    if path.suffix == ".npy" and count != 1:
+        raise runtimes.InvalidInput(
+            f"the model has {count} outputs, an .npy holds one", where=str(path), hint="write an .npz"
+        )
+    if not path.parent.is_dir():
+        raise runtimes.InvalidInput("there is no such folder", where=str(path.parent), hint="make it first")
 
 
 def _write(path: Path | None, outputs: dict[str, np.ndarray]) -> None:
     if path is None:
-        _print([f"{name}: {array.dtype}{list(array.shape)}\n{array}" for name, array in outputs.items()])
-    elif path.suffix == ".npz":
-        np.savez(path, **outputs)  # type: ignore[arg-type]
-    elif path.suffix != ".npy":
-        raise runtimes.InvalidInput("outputs are written as .npy or .npz", where=str(path))
-    elif len(outputs) != 1:
+        texts = {name: np.array2string(array, threshold=_SHOWN) for name, array in outputs.items()}
+        _print([f"{name}: {array.dtype}{list(array.shape)}\n{texts[name]}" for name, array in outputs.items()])
+        return
+    # Beside it and then in its place: a full disk or Ctrl-C leaves what was there.
+    working = path.with_name(f".{path.stem}-{os.urandom(6).hex()}{path.suffix}")
+    try:
+        if path.suffix == ".npz":
+            np.savez(working, **outputs)  # type: ignore[arg-type]
+        else:
+            np.save(working, next(iter(outputs.values())))
+        os.replace(working, path)
+    except OSError as error:
         raise runtimes.InvalidInput(
-            f"the model has {len(outputs)} outputs, an .npy holds one", where=str(path), hint="write an .npz"
-        )
-    else:
-        np.save(path, next(iter(outputs.values())))
+            f"the output cannot be written: {error.strerror or error}", where=str(path), hint="give another --output"
+        ) from error
+    finally:
+        working.unlink(missing_ok=True)
 
 
 def _print(lines: list[str]) -> None:

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from runtimes import _probe
+from runtimes._unpack import open_bundle
 from runtimes.base import Error, InvalidArtifact
+from runtimes.install import Recipe, bundle_manifest, recipes_of
+from runtimes.package import read_package
 
 #: Loading a variant takes no longer, unless it hangs.
 TIMEOUT_S = 300.0
@@ -51,30 +54,42 @@ def examine(path: Path) -> tuple[str, tuple[Examined, ...]]:
     Raises:
         InvalidArtifact: it is none of these, or is damaged or unsafe as a whole.
     """
-    from runtimes.package import read_package
-
     if not path.is_dir():
         return _examine_bundle(path)
     package = read_package(path)
     title = f"{package.name} {package.version}, sha256 {package.digest}"
-    return title, tuple(
-        _apart(variant, f"load({os.fspath(package.root)!r}, {variant.name!r})") for variant in package.variants
-    )
+    found = [
+        _apart(one.name, str(one.target), one.precision, f"load({os.fspath(package.root)!r}, {one.name!r})")
+        for one in package.variants
+    ]
+    build = f"python -m runtimes compile-on-device {path}"
+    return title, (*found, *_to_be_built(recipes_of(package, os.fspath(package.root)), build))
 
 
 def _examine_bundle(path: Path) -> tuple[str, tuple[Examined, ...]]:
-    from runtimes._unpack import open_bundle
-    from runtimes.install import bundle_manifest
-
     with open_bundle(path) as reader:
         manifest = bundle_manifest(reader)
-    title = f"{manifest.name} {manifest.version}, a bundle; whether its runtimes are here"
-    return title, tuple(_apart(variant, f"ask({str(variant.target)!r})") for variant in manifest.variants)
+    about = manifest.metadata.get("bundle")
+    platform = f" for {about['platform']}" if isinstance(about, dict) and isinstance(about.get("platform"), str) else ""
+    title = f"{manifest.name} {manifest.version}, a bundle{platform}; whether its runtimes are here"
+    found = [_apart(one.name, str(one.target), one.precision, f"ask({str(one.target)!r})") for one in manifest.variants]
+    build = "install it, then: python -m runtimes compile-on-device ROOT"
+    return title, (*found, *_to_be_built(recipes_of(manifest, os.fspath(path)), build))
 
 
-def _apart(variant: Any, call: str) -> Examined:
+def _to_be_built(recipes: Sequence[Recipe], build: str) -> Iterator[Examined]:
+    """What was brought as a graph and does not run before it is built here; and whether it can be."""
+    for recipe in recipes:
+        found = _apart(recipe.variant, recipe.target, recipe.precision, f"ask({recipe.target!r})")
+        if found.runs:
+            why = f"to be built on this device, with {recipe.target} {found.why}"
+            found = dataclasses.replace(found, runs=False, why=why, remedy=build)
+        yield found
+
+
+def _apart(variant: str, target: str, precision: str, call: str) -> Examined:
     """Lets a child process call one of the functions below."""
-    about = (variant.name, str(variant.target), variant.precision)
+    about = (variant, target, precision)
     command = _probe.child(f"from runtimes import _doctor; _doctor.{call}")
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S, check=False)

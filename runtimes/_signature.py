@@ -30,6 +30,7 @@ _PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
 _LONGEST_CHAIN = 8
+_PUBLIC_KEY = "the public half of the key that signed: openssl ec -in key.pem -pubout -out key.pub"
 
 
 class InvalidSignature(InvalidArtifact):
@@ -50,7 +51,11 @@ class Signer:
 
     def __post_init__(self) -> None:
         if (self.key is None) == (not self.roots):
-            raise InvalidSignature("a public key or root certificates, one of the two, say whose signature is wanted")
+            raise InvalidSignature(
+                "a public key or root certificates, one of the two, say whose signature is wanted",
+                where="--verify, --root-certificate",
+                hint="give one of them",
+            )
 
 
 def check_signature(signature: bytes | None, digests: Mapping[str, str], signer: Signer, *, where: str) -> str:
@@ -124,18 +129,23 @@ def _public_key(material: dict[str, Any], signer: Signer) -> tuple[Any, str]:
     try:
         key = serialization.load_pem_public_key(signer.key.read_bytes())
     except OSError as error:
-        raise InvalidSignature(f"the public key cannot be read: {signer.key}: {error.strerror}") from None
+        raise InvalidSignature(
+            f"the public key cannot be read: {signer.key}: {error.strerror}", hint="check the path"
+        ) from None
     except ValueError:
-        raise InvalidSignature(f"not a public key in PEM: {signer.key}") from None
+        raise InvalidSignature(f"not a public key in PEM: {signer.key}", hint=_PUBLIC_KEY) from None
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise InvalidSignature(f"not an elliptic curve key: {signer.key}")
+        raise InvalidSignature(f"not an elliptic curve key: {signer.key}", hint=_PUBLIC_KEY)
     pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     fingerprint = hashlib.sha256(pem).hexdigest()
     if "publicKey" not in material:
         raise InvalidSignature("it was signed with a certificate, not with this key", hint="give the root certificate")
     hint = _object(material["publicKey"]).get("hint")
     if hint not in (None, fingerprint):
-        raise InvalidSignature(f"it was signed with another key: {hint}, and this is {fingerprint}")
+        raise InvalidSignature(
+            f"it was signed with another key: {hint}, and this is {fingerprint}",
+            hint="give the key of whoever made it, if you trust them",
+        )
     return key, f"key {fingerprint}"
 
 
@@ -159,7 +169,9 @@ def _from_certificates(material: dict[str, Any], roots: Sequence[Path]) -> tuple
     try:
         trusted = [one for path in roots for one in x509.load_pem_x509_certificates(path.read_bytes())]
     except (OSError, ValueError) as error:
-        raise InvalidSignature(f"no certificates: {', '.join(map(str, roots))}: {error}") from None
+        raise InvalidSignature(
+            f"no certificates: {', '.join(map(str, roots))}: {error}", hint="give root certificates in PEM"
+        ) from None
     leaf = given[0]
     who = leaf.subject.rfc4514_string()
     if not may_sign(leaf):
@@ -174,7 +186,10 @@ def _from_certificates(material: dict[str, Any], roots: Sequence[Path]) -> tuple
             break
         issuers = [one for one in (*trusted, *given[1:]) if _issued(one, current, below)]
         if not issuers:
-            raise InvalidSignature(f"no given root vouches for {current.subject.rfc4514_string()}")
+            raise InvalidSignature(
+                f"no given root vouches for {current.subject.rfc4514_string()}",
+                hint="give the root certificate of whoever made it, if you trust them",
+            )
         current = issuers[0]
     else:
         raise InvalidSignature(f"the chain of {who} is longer than {_LONGEST_CHAIN} certificates")

@@ -286,10 +286,21 @@ def open_bundle(path: str | os.PathLike[str], *, limits: Limits | None = None) -
         InvalidArtifact: no bundle, or a damaged or unsafe one; or it is Zstandard and Python has none here.
     """
     where = os.fspath(path)
+    if os.path.isdir(where):
+        raise InvalidArtifact(
+            "that is a folder, and a bundle is a file",
+            where=where,
+            hint=f"make one of an artifact: toolchain bundle {where} --for PLATFORM -o FILE.tar",
+        )
     try:
         file = open(path, "rb", buffering=0)
+    except FileNotFoundError:
+        raise InvalidArtifact("there is no such file", where=where, hint="check the path") from None
     except (OSError, ValueError) as error:
-        raise InvalidArtifact(f"there is no bundle: {error}", where=where) from None
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise InvalidArtifact(
+            f"the file cannot be opened: {why}", where=where, hint="check the path, and who may read it"
+        ) from None
     with file:
         yield BundleReader(file, where, limits=limits or Limits())
 
@@ -346,6 +357,14 @@ def _source(file: IO[bytes], where: str, ratio: int) -> _Source:
         if start != GZIP_START:
             raise InvalidArtifact("this is gzip, but no bundle", where=where, hint="make it with: toolchain bundle")
         return _Gzip(packed)
+    if not start:
+        raise InvalidArtifact("the file is empty", where=where, hint="copy it again")
+    if not MANIFEST.encode().startswith(start):
+        raise InvalidArtifact(
+            "this is no bundle: it begins with neither manifest.json nor Zstandard nor gzip",
+            where=where,
+            hint="give what toolchain bundle wrote",
+        )
     return packed
 
 

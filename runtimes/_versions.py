@@ -20,6 +20,7 @@ and goes on counting behind them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -33,6 +34,14 @@ _LOCK = ".lock"
 #: What is being made, and what is being removed; whoever holds the lock may clear both away.
 _WORKING, _REMOVING = ".incoming-", ".removing-"
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+_ELSEWHERE = "name a folder that is there or can be made, and that you may write to"
+#: What helps where the system does not let us write.
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EEXIST: "a file is in the way: name another folder",
+    errno.ENOTDIR: "a file is in the way: name another folder",
+}
 
 
 class InstallFailed(Error):
@@ -61,7 +70,7 @@ def current(root: Path) -> int | None:
         else:
             with open(path, encoding="ascii") as file:
                 text = file.read(64).strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArtifact(
@@ -109,13 +118,15 @@ def locked(root: Path) -> Iterator[None]:
     try:
         root.mkdir(parents=True, exist_ok=True)
         strange = sorted(name for name in os.listdir(root) if not _ours(root / name))
+        # Its own step: what the block of a caller raises is no matter of the lock.
+        file = open(root / _LOCK, "a+b") if not strange else None
     except OSError as error:
-        raise _cannot("install", root, error) from error
-    if strange:
+        raise refused(root, error) from error
+    if file is None:
         raise InstallFailed(
             f"the folder holds something else: {strange[0]!r}", where=str(root), hint="install into a folder of its own"
         )
-    with open(root / _LOCK, "a+b") as file:
+    with file:
         _lock(file.fileno(), root)
         for name in os.listdir(root):
             if name.startswith((_WORKING, _REMOVING, f".{POINTER}-")):
@@ -253,5 +264,10 @@ def _lock(descriptor: int, root: Path) -> None:
         ) from None
 
 
-def _cannot(what: str, root: Path, error: OSError) -> InstallFailed:
-    return InstallFailed(f"cannot {what}: {error.strerror or error}", where=str(error.filename or root))
+def refused(root: Path, error: OSError) -> InstallFailed:
+    """What to raise where the system does not let us write."""
+    return InstallFailed(
+        f"cannot write there: {error.strerror or error}; what was in service still is",
+        where=str(error.filename or root),
+        hint=_REMEDIES.get(error.errno or 0, _ELSEWHERE),
+    )

@@ -144,9 +144,11 @@ def _require_successor(root: Path, name: str, *, signed: bool) -> None:
     before = read_package(root / str(serving)).name
     if before != name:
         raise InstallFailed(f"the folder holds versions of {before!r}, this is {name!r}", where=str(root), hint=hint)
-    if not signed and (root / f"{serving}.sig").exists():
+    # Any of them: what compile-on-device made of a signed version has no signature of its own.
+    before_signed = [number for number in _versions.installed(root) if (root / f"{number}.sig").exists()]
+    if not signed and before_signed:
         raise InstallFailed(
-            f"version {serving}, which is in service, is signed, and this bundle is not",
+            f"version {before_signed[-1]}, which is installed there, is signed, and this bundle is not",
             where=str(root),
             hint=f"sign it; or {hint}",
         )
@@ -242,8 +244,14 @@ def compile_here(
         raise InvalidArtifact("nothing is installed there", where=str(root), hint="toolchain install BUNDLE --to ROOT")
     with _versions.locked(root), _failing(root), _versions.working_folder(root) as folder:
         package = read_package(root)
+        recipes = recipes_of(package, str(package.root))
+        if not recipes:
+            raise InvalidArtifact(
+                "nothing in it is to be built on a device",
+                where=str(package.root),
+                hint="it runs as it is; python -m runtimes doctor says which variants",
+            )
         package.verify()
-        recipes = _recipes(package)
         for name in package.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             # Not a hard link: a version is whole by itself, and links are refused when a model is loaded.
@@ -265,7 +273,7 @@ def compile_here(
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Recipe:
+class Recipe:
     """An entry of ``to_compile`` in the manifest: a graph in the folder of its name, and how to build it."""
 
     variant: str
@@ -276,14 +284,13 @@ class _Recipe:
     session_options: dict[str, Any]
 
 
-def _recipes(package: Package) -> list[_Recipe]:
-    entries = package.metadata.get("to_compile")
-    if not entries:
-        raise InvalidArtifact("nothing in it is to be built on a device", where=str(package.root))
+def recipes_of(package: Package | Manifest, where: str) -> list[Recipe]:
+    """What of an artifact, or of a bundle's manifest, is to be built on the device. Raises InvalidArtifact."""
+    entries = package.metadata.get("to_compile") or []
     found = []
     try:
         for entry in entries:
-            recipe = _Recipe(**entry)
+            recipe = Recipe(**entry)
             texts = (recipe.variant, recipe.target, recipe.precision, recipe.model_file)
             # Files of the manifest have plain relative names, so a folder that has one of them is inside.
             if not all(isinstance(text, str) for text in texts) or "/" in recipe.variant:
@@ -292,11 +299,11 @@ def _recipes(package: Package) -> list[_Recipe]:
                 raise ValueError(f"the graph of {recipe.variant} is not in the manifest")
             found.append(recipe)
     except (TypeError, ValueError) as error:
-        raise InvalidArtifact(f"what is to be built is not said properly: {error}", where=str(package.root)) from None
+        raise InvalidArtifact(f"what is to be built is not said properly: {error}", where=where) from None
     return found
 
 
-def _compile(runtimes: Any, recipe: _Recipe, folder: Path) -> dict[str, Any]:
+def _compile(runtimes: Any, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Builds one recipe in the place of its graph and gives the variant's entry in the manifest."""
     directory = folder / recipe.variant
     graph = folder / f".{recipe.variant}.graph"
@@ -390,11 +397,7 @@ def _failing(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InstallFailed(
-            f"cannot install: {error.strerror or error}",
-            where=str(error.filename or root),
-            hint="the version before is still in service",
-        ) from error
+        raise _versions.refused(root, error) from error
 
 
 def _check_keep(keep: int) -> None:

@@ -124,9 +124,18 @@ def read_package(root: str | os.PathLike[str]) -> Package:
         InvalidArtifact: no artifact, or a damaged, unsafe or newer one.
     """
     try:
-        real = resolve(Path(os.path.realpath(root, strict=True)))
+        real = Path(os.path.realpath(root, strict=True))
+        if not real.is_dir():
+            raise InvalidArtifact(
+                "that is a file, and an artifact is a folder",
+                where=str(root),
+                hint="give the folder that a build wrote; a bundle is installed first: toolchain install",
+            )
+        real = resolve(real)
+    except FileNotFoundError:
+        raise InvalidArtifact("there is no such folder", where=str(root), hint="check the path") from None
     except (OSError, ValueError) as error:
-        raise InvalidArtifact(f"there is no artifact: {error}", where=str(root)) from None
+        raise InvalidArtifact(f"there is no artifact: {error}", where=str(root), hint="check the path") from None
     manifest = read_manifest(real)
     package = Package(
         root=real,

@@ -132,6 +132,13 @@ def bundle(
     if output.name.endswith(".zst"):
         zstd()  # whether it is here, before any work
     package = read_package(artifact)
+    if "bundle" in package.metadata:
+        # What it left behind is gone, so its bill and its list of what stayed out would be wrong for another platform.
+        raise runtimes.InvalidArtifact(
+            "this came out of a bundle, which is made of what a build wrote",
+            where=str(artifact),
+            hint="take the artifact that was built; the bundle itself can be copied and installed again",
+        )
     if KEY not in package.metadata:
         raise runtimes.InvalidArtifact(
             "the artifact has no self-test, and no install would take it", where=str(artifact), hint="build it again"

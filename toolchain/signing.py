@@ -131,7 +131,9 @@ def _check(key: SigningKey) -> None:
     try:
         private = serialization.load_pem_private_key(key.key.read_bytes(), password=None)
     except OSError as error:
-        raise SigningError(f"the key cannot be read: {error.strerror}", where=str(key.key)) from error
+        raise SigningError(
+            f"the key cannot be read: {error.strerror}", where=str(key.key), hint="check the path"
+        ) from error
     except TypeError:
         raise SigningError(
             "the key is encrypted", where=str(key.key), hint=f"openssl pkey -in {key.key.name} -out plain.pem"
@@ -145,9 +147,13 @@ def _check(key: SigningKey) -> None:
     try:
         certificate = x509.load_pem_x509_certificate(key.certificate.read_bytes())
     except (OSError, ValueError) as error:
-        raise SigningError("that is no certificate in PEM", where=str(key.certificate)) from error
+        raise SigningError(
+            "that is no certificate in PEM", where=str(key.certificate), hint="give the certificate of the key"
+        ) from error
     if certificate.public_key() != private.public_key():
-        raise SigningError("the certificate is of another key", where=str(key.certificate))
+        raise SigningError(
+            "the certificate is of another key", where=str(key.certificate), hint=f"give that of {key.key}"
+        )
     if not may_sign(certificate):
         raise SigningError(
             "devices would refuse the certificate: it is not for signing code",

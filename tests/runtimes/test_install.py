@@ -23,6 +23,7 @@ from runtime_support import manifest_of, save_model, variant_body
 import runtimes
 from runtimes import _trust, _versions
 from runtimes import install as installing
+from runtimes._doctor import examine
 from runtimes._selftest import output_error, read_vectors, selftest, selftest_apart, vectors_content
 from runtimes.install import InstallFailed, Limits
 
@@ -307,6 +308,59 @@ def test_a_full_disk_leaves_the_old_version(
         installing.install(bundle, root)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nothere.tar", "there is no such file"),
+        ("artifact", "that is a folder, and a bundle is a file"),
+        ("empty.tar", "the file is empty"),
+        ("key.pem", "this is no bundle"),
+        ("by-hand.tar", "this is no bundle"),
+    ],
+)
+def test_what_is_no_bundle_is_told_with_the_next_step(tmp_path: Path, bundle: Path, name: str, said: str) -> None:
+    (tmp_path / "empty.tar").touch()
+    (tmp_path / "key.pem").write_text("-----BEGIN PUBLIC KEY-----\n")
+    with tarfile.open(tmp_path / "by-hand.tar", "w") as archive:
+        archive.add(tmp_path / "artifact", "artifact")
+    for read in (lambda path: installing.install(path, tmp_path / "root"), installing.verify, examine):
+        if (name, read) in [("artifact", installing.verify), ("artifact", examine)]:
+            continue  # they take an artifact too
+        with pytest.raises(runtimes.InvalidArtifact, match=said) as caught:
+            read(tmp_path / name)
+        assert caught.value.where == str(tmp_path / name)
+        assert caught.value.hint
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_file_where_a_folder_of_versions_is_wanted(tmp_path: Path, bundle: Path) -> None:
+    for root in (bundle, bundle / "below"):
+        with pytest.raises(InstallFailed, match="cannot write there") as caught:
+            installing.install(bundle, root)
+        assert "name another folder" in str(caught.value)
+        for change in (installing.rollback, installing.compile_here):
+            with pytest.raises(runtimes.InvalidArtifact, match="nothing is installed there"):
+                change(root)
+
+
+def test_a_folder_that_may_not_be_written_to(
+    tmp_path: Path, bundle: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    for _ in range(2):
+        installing.install(bundle, root)
+
+    def refuse(path: Path, *_: Any) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(_versions, "open", refuse, raising=False)
+    monkeypatch.setattr(_versions, "current", lambda root: 2)
+    for change in (lambda: installing.install(bundle, root), lambda: installing.rollback(root)):
+        with pytest.raises(InstallFailed, match="Read-only file system; what was in service still is") as caught:
+            change()
+        assert "may write to" in str(caught.value)
+
+
 def test_limits(tmp_path: Path, bundle: Path) -> None:
     for limits in (Limits(total=100), Limits(files=1), Limits(depth=1), Limits(manifest=100)):
         with pytest.raises(runtimes.InvalidArtifact):
@@ -360,10 +414,30 @@ def test_compile_on_device_makes_a_new_version(tmp_path: Path, compiler: list[di
     assert [v.name for v in found.variants] == ["trt", "v"], "what was built for this device is tried first"
     assert found.variants[0].prepared_file == "prepared/model.onnx"
     assert "to_compile" not in found.metadata
+    # What was built here has no signature, and opens no way round that of the version it was made of.
+    (root / "1.sig").write_bytes(b"x")
+    with pytest.raises(InstallFailed, match=r"version 1, .* is signed, and this bundle is not"):
+        installing.install(tmp_path / "a.tar", root)
     assert found.metadata["compiled_from"] == first.digest
     with pytest.raises(runtimes.InvalidArtifact, match="nothing in it is to be built"):
         installing.compile_here(root)
     assert installing.rollback(root).digest == first.digest
+
+
+def test_doctor_says_what_is_to_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    artifact = tmp_path / "a"
+    save_model(artifact / "trt" / "model.onnx", DOUBLE)
+    more = {"to_compile": [recipe(target="ort-cpu"), recipe(target="tensorrt:99")], "bundle": {"platform": "jetson"}}
+    path = tar(write_artifact(artifact, **more), tmp_path / "a.tar")
+    title, found = examine(path)
+    assert "a bundle for jetson" in title
+    assert [one.runs for one in found] == [True, False, False]
+    assert "to be built on this device, with ort-cpu version" in found[1].why
+    assert "compile-on-device ROOT" in (found[1].remedy or "")
+    assert "to be built" not in found[2].why, "there is no such GPU here"
+    installing.install(path, tmp_path / "root")
+    _, found = examine(tmp_path / "root")
+    assert found[1].remedy == f"python -m runtimes compile-on-device {tmp_path / 'root'}"
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,10 @@ def test_run_with_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["a={}/a.npy", "b={}/a.npy"], "{}/y.npy", "2 outputs, an .npy holds one"),
         (["a={}/a.npy", "b={}/a.npy"], "{}/y.txt", "written as .npy or .npz"),
         (["a={}/pickle.npy", "b={}/a.npy"], None, "not a .npy or .npz file"),
+        (["a={}/cut.npz", "b={}/a.npy"], None, "not a .npy or .npz file"),
+        (["a={}/a.npy", "a={}/a.npy"], None, "'a' is given twice"),
+        (["a={}/none.npy"], "{}/none/y.npz", "there is no such folder"),
+        (["a={}/a.npy", "b={}/a.npy"], "{}/folder.npz", "cannot be written: Is a directory"),
     ],
 )
 def test_run_errors(
@@ -198,13 +202,42 @@ def test_run_errors(
     model = save_model(tmp_path / "m.onnx", PAIR)
     np.save(tmp_path / "a.npy", np.ones((1, 3), "float32"))
     np.save(tmp_path / "pickle.npy", np.array([{}], dtype=object))
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04" + bytes(40))
+    (tmp_path / "folder.npz").mkdir()
+    before = sorted(tmp_path.iterdir())
     arguments = ["run", str(model)]
     for text in inputs:
         arguments += ["--input", text.format(tmp_path)]
     if output:
         arguments += ["--output", output.format(tmp_path)]
     assert main(arguments) == 2
-    assert said in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert said in told
+    assert "\n  next: " in told
+    assert "pickle" not in told.replace("pickle.npy", ""), "no advice to load it unsafely"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_ctrl_c_and_a_reader_that_goes_away_end_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "artifact"
+    save_model(root / "v" / "model.onnx", RELU)
+    write_package(root, {"v": variant_body("v")})
+    line = [sys.executable, "-c", "from runtimes.__main__ import main; raise SystemExit(main())", "info", str(root)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 0
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtimes, "load", interrupted)
+    assert main(["info", str(root)]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing half-written was left\n"
 
 
 def test_info(tmp_path: Path) -> None:
