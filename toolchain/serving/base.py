@@ -19,11 +19,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from runtimes import Error, TensorSpec
+
+if TYPE_CHECKING:
+    from toolchain.serving.options import ModelOptions
+    from toolchain.serving.statistics import Statistics
 
 
 class ServingError(Error):
@@ -201,4 +205,28 @@ class Served(Protocol):
 
     async def infer(self, request: Request) -> Response:
         """Answers. Raises ServingError; nothing else leaves it but cancellation."""
+        ...
+
+
+class Hosted(Served, Protocol):
+    """``Served`` and what it tells of itself: what the transports ask for beside inference. ``models.Models`` is it."""
+
+    def model_options(self, model: str) -> ModelOptions:
+        """How a model is served: its ``serving.yaml``, or the server's defaults. Loads nothing. Raises NotFound."""
+        ...
+
+    def index(self) -> list[dict[str, Any]]:
+        """Every version of every model: ``name``, ``version``, ``state``, ``reason``."""
+        ...
+
+    def all_statistics(self) -> Mapping[tuple[str, str], Statistics]:
+        """(model, version) → its counts, of all that were ever loaded."""
+        ...
+
+    def cache_statistics(self) -> dict[str, Any]:
+        """Of the result cache, as JSON values."""
+        ...
+
+    def resources(self) -> dict[str, Any]:
+        """Memory: resident, its cap and trend, by model; as JSON values."""
         ...
