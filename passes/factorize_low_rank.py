@@ -109,9 +109,8 @@ class FactorizeLowRank(Pass):
         check_exclude(model, self.exclude)
         together = self.ratio is not None and self.scope == "global" and self.kernels != "cp"
         if together and _RECORD in model.metadata_props:
-            return Outcome(
-                model, False, remarks=(f"its layers share a ratio of {model.metadata_props[_RECORD]} already",)
-            )
+            already = f"its layers share a ratio of {model.metadata_props[_RECORD]} already"
+            return Outcome(model, False, declined=(Declined("model", already),))
         names = Names(model)
         declined: list[Declined] = []
         fired, before, after, cost = 0, 0, 0, 0

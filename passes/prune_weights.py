@@ -149,7 +149,8 @@ class PruneWeights(Pass):
             zeros = before == 0
             if not (~mask & ~zeros).any():
                 share = float(zeros.mean()) if zeros.size else 0.0
-                declined.append(Declined(layer.name, f"its weight needs no new zeros: {share:.1%} are zero already"))
+                there = f"{share:.1%} are zero already" if share else "none of it is to go"
+                declined.append(Declined(layer.name, f"its weight needs no new zeros: {there}"))
                 continue
             after = np.where(mask, before, np.zeros((), before.dtype))
             layer.write(after)

@@ -29,7 +29,7 @@ from toolchain.layer_statistics import input_norms
 from toolchain.metrics import tensor_error
 from toolchain.model_cost import cost_of
 from toolchain.prune_account import Given, GroupCut
-from toolchain.prune_search import Found, Ground, chosen, cut_copy, room, to_drop, to_latency, to_macs, to_ratio
+from toolchain.prune_search import Found, Ground, Room, chosen, cut_copy, room, to_drop, to_latency, to_macs, to_ratio
 from toolchain.recipe import Prune
 
 #: Samples that curves are measured on, and those that the cut is proved on.
@@ -85,11 +85,16 @@ def cut_channels(
     whole = prepared_copy(model)
     groups, declined = _eligible(whole, asked.exclude)
     if {name: before.get(name) for name in decided} == decided:
-        return ChannelCut(whole, None, Cut(), True, _described(groups, Found({})), declined)
+        return ChannelCut(whole, None, Cut(), True, _described(groups, Found({}), {}), declined)
     scores = _scores(whole, groups, asked, given)
     unknown = [group for group in groups if group.name not in scores]
     declined += tuple(Declined(g.name, f"importance {asked.importance} knows nothing of it") for g in unknown)
     groups = [group for group in groups if group.name in scores]
+    if not groups:
+        raise GraphError(
+            f"importance {asked.importance} knows nothing of any layer that can be cut",
+            hint="take l1, l2 or activation" if asked.importance == "batch-norm" else None,
+        )
     dense = {group.name: group.count for group in groups} | record.get("dense", {})
     macs = before.get("of_macs") or cost_of(whole, dims=given.dims).macs
     rooms = {
@@ -98,6 +103,9 @@ def cut_channels(
     blocks = (
         tuple(b for b in find_blocks(whole) if not {b.name, *b.layers} & set(asked.exclude)) if asked.blocks else ()
     )
+    if asked.ratio is None and not blocks and not any(each.most for each in rooms.values()):
+        first = "; ".join(f"{name}: {each.held}" for name, each in list(rooms.items())[:3])
+        raise GraphError(f"no layer may lose a channel: {first}", hint="a smaller round_to or min_channels")
     ground = Ground(whole, groups, scores, rooms, blocks, _some(given), given.dims, given.on_status)
 
     def judged(gone: Mapping[str, int]) -> float:
@@ -106,7 +114,7 @@ def cut_channels(
 
     found = _search(ground, asked, given, dense=dense, macs=macs, lost=judged)
     cut = chosen(ground, found.gone)
-    described = _described(groups, found)
+    described = _described(groups, found, rooms)
     if not cut.count:
         return ChannelCut(whole, None, cut, bool(record), described, declined)
     made = cut_copy(whole, cut)
@@ -213,7 +221,10 @@ def input_energy(model: ir.Model, samples: Iterable[Feeds]) -> dict[str, npt.NDA
     return found
 
 
-def _described(groups: Sequence[Group], found: Found) -> tuple[GroupCut, ...]:
+def _described(groups: Sequence[Group], found: Found, rooms: Mapping[str, Room]) -> tuple[GroupCut, ...]:
+    held = dict(found.held)
+    if not found.asked:
+        held |= {name: room.held for name, room in rooms.items() if not room.most}
     return tuple(
         GroupCut(
             g.name,
@@ -222,6 +233,8 @@ def _described(groups: Sequence[Group], found: Found) -> tuple[GroupCut, ...]:
             g.count,
             g.count - found.gone.get(g.name, 0),
             found.curves[g.name].at(g.count // 2) if g.name in found.curves else None,
+            found.asked.get(g.name),
+            held.get(g.name, ""),
         )
         for g in groups
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,15 +107,21 @@ def prune(
 ) -> None:
     """Cuts what matters least out of an ONNX file, and says what that saves and costs."""
     from toolchain.finetune import fine_tune, load_loop
-    from toolchain.pruning import Given
+    from toolchain.pruning import ALREADY, Given
     from toolchain.pruning import prune as run_prune
 
     asked = _asked(
         method=method, ratio=ratio, target_macs=target_macs, target_latency=target_latency, max_drop=max_drop,
         pattern=pattern, masks=masks, importance=importance, scope=scope, exclude=exclude or [], round_to=round_to,
         min_channels=min_channels, blocks=blocks, reconstruct="auto" if reconstruct is None else reconstruct,
-        data={"calibration": data, "evaluation": eval_data},
+        data={"calibration": data, "evaluation": eval_data}, seed=seed,
     )  # fmt: skip
+    if save_masks is not None and method != "weights":
+        raise RecipeError(
+            f"masks say which single weights are left, and method {method} leaves smaller tensors",
+            where="--save-masks",
+            hint="leave --save-masks out, or take --method weights",
+        )
     if output.resolve() == model.resolve():
         raise StorageError("the result would replace the model", where=str(output), hint="choose another --output")
     loop = None if finetune is None else load_loop(finetune)
@@ -148,9 +155,8 @@ def prune(
             ),
         )
         if not report.changed:
-            raise GraphError(
-                report.remarks[0], where=str(model), hint="nothing was written; a larger cut goes on from here"
-            )
+            on = "; a larger cut goes on from here" if report.remarks[0] == ALREADY else ""
+            raise GraphError(report.remarks[0], where=str(model), hint=f"nothing was written{on}")
         write_onnx(made, output)
         if save_masks is not None:
             write_masks(masks_of(made), save_masks)
@@ -165,13 +171,13 @@ def prune(
     console.out.print(Text(f"wrote {output}"))
 
 
-def _asked(*, data: dict[str, Any], **options: Any) -> Prune:
+def _asked(*, data: dict[str, Any], seed: int, **options: Any) -> Prune:
     """What was asked, checked as a recipe's section is. Raises RecipeError with the option."""
     try:
-        recipe = from_dict({"model": "-", "prune": options, "data": data}, origin="command line")
+        recipe = from_dict({"model": "-", "prune": options, "data": data, "seed": seed}, origin="command line")
     except RecipeError as error:
-        key = (error.where or "").rpartition(".")[2]
-        error.where = f"--{key.replace('_', '-')}" if key in Prune.model_fields else None
+        key = re.split(r"[.\s]", error.where or "")[-1]
+        error.where = f"--{key.replace('_', '-')}" if key in {*Prune.model_fields, "seed"} else None
         raise
     assert recipe.prune is not None
     return recipe.prune

@@ -14,6 +14,8 @@ from toolchain.samples import Batch
 
 _ORT = runtimes.Target("ort-cpu")
 
+#: Groups that a sentence names; the report has all of them.
+_NAMED = 8
 #: Trains a pruned graph in place, given the whole one.
 FineTune = Callable[[ir.Model, ir.Model], object]
 
@@ -28,6 +30,8 @@ class GroupCut:
         before, after: channels.
         alone: noise over signal at the outputs where half of this group alone goes, before anything is recovered;
             None where the search did not ask.
+        asked: channels that a ratio leaves before anything is rounded; None for other aims.
+        held: why more are left than were asked for, or why none may go; empty where nothing held it.
     """
 
     name: str
@@ -36,6 +40,21 @@ class GroupCut:
     before: int
     after: int
     alone: float | None = None
+    asked: int | None = None
+    held: str = ""
+
+
+def held_back(groups: Sequence[GroupCut]) -> tuple[str, ...]:
+    """What kept groups from losing what a ratio asks, or anything where another aim is set: a sentence a reason."""
+    by_reason: dict[str, list[str]] = {}
+    for each in groups:
+        if each.held:
+            left = "all stay" if each.asked is None else f"{each.after} of {each.before} stay, not {each.asked}"
+            by_reason.setdefault(each.held, []).append(f"{each.name} ({left})")
+    return tuple(
+        f"{reason}: {', '.join(names[:_NAMED])}{f' and {len(names) - _NAMED} more' if len(names) > _NAMED else ''}"
+        for reason, names in by_reason.items()
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

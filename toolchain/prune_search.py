@@ -103,10 +103,12 @@ class Room:
     Attributes:
         unit: what is left is a multiple of this many channels.
         most: so many channels may go.
+        held: what keeps more from going.
     """
 
     unit: int
     most: int
+    held: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -142,11 +144,15 @@ class Found:
         gone: channels of each group that go; 1 for a residual block that goes as a whole.
         curves: what each group loses alone; empty where the search did not ask.
         latency_ratio: measured, after over before; None where it was not asked for.
+        asked: channels of each group that a ratio leaves before anything is rounded; empty for other aims.
+        held: why more than that are left, of those groups where it is so.
     """
 
     gone: Mapping[str, int]
     curves: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
     latency_ratio: float | None = None
+    asked: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    held: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def room(group: Group, *, round_to: int | None, min_channels: int, dense: int) -> Room:
@@ -160,9 +166,19 @@ def room(group: Group, *, round_to: int | None, min_channels: int, dense: int) -
     outputs = dense * group.width
     wanted = round_to or next((unit for unit in _UNITS if 4 * unit <= outputs), 1)
     unit = wanted // math.gcd(wanted, group.width)
-    least = max(unit, -(-min_channels // group.width), dense - int(MOST * dense))
-    least = -(-least // unit) * unit  # a multiple again
-    return Room(unit, max(0, group.count - least))
+    floors = {
+        -(-min_channels // group.width): f"{min_channels} are to stay (min_channels)",
+        dense - int(MOST * dense): f"of {dense} no more than {MOST:.0%} go",
+        unit: "",
+    }
+    multiple = _multiple(wanted) if unit > 1 else ""
+    held = " and ".join(filter(None, (floors[max(floors)], multiple))) or "one has to stay"
+    least = -(-max(floors) // unit) * unit  # a multiple again
+    return Room(unit, max(0, group.count - least), held)
+
+
+def _multiple(unit: int) -> str:
+    return f"what is left is a multiple of {unit} (round_to)"
 
 
 def to_ratio(ground: Ground, ratio: float, *, scope: str, dense: Mapping[str, int]) -> Found:
@@ -172,12 +188,15 @@ def to_ratio(ground: Ground, ratio: float, *, scope: str, dense: Mapping[str, in
         dense: how many channels groups had before any cut: the ratio is of those.
     """
     cut = plan(ground.groups, ground.scores, ratio=ratio, scope=scope, dense=dense)
-    gone = {}
+    gone, asked, held = {}, {}, {}
     for group in ground.groups:
         kept, room = group.count - len(cut.channels.get(group.name, ())), ground.rooms[group.name]
-        nearest = max(room.unit * math.floor(kept / room.unit + 0.5), group.count - room.most)
-        gone[group.name] = group.count - min(nearest, group.count)
-    return Found(gone)
+        rounded, least = room.unit * math.floor(kept / room.unit + 0.5), group.count - room.most
+        left = min(max(rounded, least), group.count)
+        gone[group.name], asked[group.name] = group.count - left, kept
+        if left > kept:
+            held[group.name] = room.held if rounded <= least else _multiple(room.unit * group.width)
+    return Found(gone, asked=asked, held=held)
 
 
 def to_macs(ground: Ground, target: float) -> Found:
@@ -258,7 +277,7 @@ def to_drop(ground: Ground, judge: Callable[[Mapping[str, int]], float], max_dro
         gone = spend(ground, measured, prices, middle * cost.macs)
         share = prices.total(gone) / cost.macs
         ground.on_status(f"prune: judging {share:.0%} of the multiply-accumulates")
-        lost = judge(gone) if any(gone.values()) else 0.0
+        lost = judge(gone)
         least = min(least, lost)
         if lost <= max_drop:
             best, high = gone, min(middle, share)

@@ -8,6 +8,7 @@ what it loses.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ import onnx_ir as ir
 
 import runtimes
 from passes._channel_cut import Cut
-from passes.base import Pass, PassFailed
+from passes._graph import scopes
+from passes.base import Declined, Pass, PassFailed, label
 from passes.factorize_low_rank import FactorizeLowRank
+from passes.fuse_conv_bn import FuseConvBn
+from passes.prune_channels import prepared_copy
 from passes.prune_weights import PruneWeights
+from passes.quantize_int8 import check_exclude
 from toolchain.channel_pruning import cut_channels
 from toolchain.errors import DataError, GraphError
 from toolchain.judge import Judge
@@ -25,15 +30,17 @@ from toolchain.layer_statistics import input_moments, input_norms
 from toolchain.masks import read_masks
 from toolchain.model_cost import cost_of
 from toolchain.onnx_file import temporary_onnx
-from toolchain.prune_account import Given, PruneReport
+from toolchain.prune_account import Given, PruneReport, held_back
 from toolchain.recipe import Prune
 from toolchain.reconstruct import reconstruct
 
 __all__ = ["Given", "PruneReport", "prune"]
 
-#: Remarks where nothing went.
+#: Remarks where nothing went, and nothing held it.
 ALREADY = "it is pruned like this already: nothing was cut"
 TOO_LITTLE = "so little is asked that no layer loses a channel: nothing was cut"
+#: Layers that a remark names.
+_NAMED = 3
 
 
 def prune(model: ir.Model, asked: Prune, given: Given) -> tuple[ir.Model, PruneReport]:
@@ -109,19 +116,45 @@ def _report(asked: Prune, given: Given, judge: _Counting) -> PruneReport:
 
 
 def _by_pass(model: ir.Model, asked: Prune, given: Given, judge: _Counting) -> tuple[ir.Model, PruneReport]:
-    step = _pass(model, asked, given)
+    made, folded = _folded(model, asked) if asked.method == "low-rank" else (model.clone(), ())
+    step = _pass(made, asked, given)
     given.on_status(f"prune: {step.name}")
-    made = model.clone()
     outcome: Any = step(made)
-    report = dataclasses.replace(_report(asked, given, judge), whole=outcome.declined, remarks=outcome.remarks)
+    remarks = (*folded, *outcome.remarks)
+    report = dataclasses.replace(_report(asked, given, judge), whole=outcome.declined, remarks=remarks)
     if not outcome.modified:
         if not outcome.declined:
             raise GraphError("the model has no layer with a constant float weight: there is nothing to prune")
-        return model, dataclasses.replace(report, remarks=(ALREADY,))
+        return model, dataclasses.replace(report, remarks=(_nothing_went(outcome.declined),))
     lost = judge.drop(made)
     recovery = _recovered(model, made, Cut(), asked, given)
     drop = judge.drop(made) if recovery else lost
     return made, dataclasses.replace(report, drop_cut=lost, drop=drop, recovery=recovery, changed=True)
+
+
+def _folded(model: ir.Model, asked: Prune) -> tuple[ir.Model, tuple[str, ...]]:
+    """A copy with constants and BatchNormalization folded, as exporters leave neither: the scale of a normalisation
+    belongs to the weight whose rank is chosen, and one between two layers hides that they are factors. In a build the
+    passes have done that. With a remark that says so. Raises PassFailed where an excluded node is not there."""
+    check_exclude(model, tuple(asked.exclude))
+    made = prepared_copy(model)
+    for node in made.graph:
+        node.name = label(node)  # what is excluded keeps its name, whatever becomes of its output's
+    count = FuseConvBn().call(made).fired
+    known = {label(node) for scope in scopes(made) for node in scope.graph}
+    gone = [name for name in asked.exclude if name not in known]
+    if gone:
+        raise PassFailed(
+            f"{gone[0]} is folded into another layer before ranks are chosen: it cannot be excluded",
+            hint="exclude the layer itself",
+        )
+    return made, (f"{count} BatchNormalization were folded into the layers beside them first",) if count else ()
+
+
+def _nothing_went(declined: Sequence[Declined]) -> str:
+    reasons = [f"{each.node}: {each.reason}" for each in declined]
+    more = f"; and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else ""
+    return f"nothing was cut: {'; '.join(reasons[:_NAMED])}{more}"
 
 
 def _pass(model: ir.Model, asked: Prune, given: Given) -> Pass:
@@ -159,9 +192,13 @@ def _channels(model: ir.Model, asked: Prune, given: Given, judge: _Counting) -> 
         latency_ratio=found.latency_ratio,
         proof=found.proof,
     )
-    made = found.model
+    made, held = found.model, held_back(found.groups)
     if made is None:
-        return model, dataclasses.replace(report, remarks=(ALREADY if found.pruned_before else TOO_LITTLE,))
+        nothing = ALREADY if found.pruned_before else TOO_LITTLE
+        if held:
+            nothing = f"no layer loses a channel: {'; '.join(held)}"
+        return model, dataclasses.replace(report, remarks=(nothing,))
+    report = dataclasses.replace(report, remarks=tuple(f"held back: {each}" for each in held))
     by_cut = judge.drop(made)
     recovery = _recovered(found.whole, made, found.cut, asked, given)
     drop = judge.drop(made) if recovery else by_cut

@@ -161,7 +161,7 @@ def test_ratio_of_all_layers_goes_where_it_costs_least() -> None:
     state = to_bytes(model)
     again = FactorizeLowRank(ratio=0.7)(model)
     assert not again.modified
-    assert "already" in again.remarks[0]
+    assert "already" in again.declined[0].reason
     assert to_bytes(model) == state
 
 

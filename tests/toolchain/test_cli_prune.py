@@ -78,15 +78,50 @@ def test_a_training_loop_gets_the_pruned_graph() -> None:
         ("--method weights --masks none.npz", "no such file of masks"),
         ("--method weights --pattern 4:2", "4:2"),
         ("--method nothing --ratio 0.3", "nothing"),
-        ("--ratio 0.01", "no layer loses a channel"),
+        ("--ratio 0.01", "so little is asked that no layer loses a channel"),
+        ("--ratio nan", "--ratio"),
+        ("--ratio 0.3 --seed -1", "--seed"),
+        ("--ratio 0.3 --save-masks m.npz", "method channels leaves smaller tensors"),
+        ("--method low-rank --ratio 0.3 --save-masks m.npz", "method low-rank leaves smaller tensors"),
+        ("--ratio 0.3 --importance batch-norm", "knows nothing of any layer"),
+        ("--ratio 0.3 --round-to 32", "a multiple of 32 (round_to): s (16 of 16 stay, not 11), one_c (32 of 32"),
+        ("--ratio 0.3 --min-channels 64", "64 are to stay (min_channels)"),
+        ("--target-macs 0.5 --no-blocks --round-to 32", "no layer may lose a channel: s: what is left is a multiple"),
+        ("--method weights --masks ones.npz", "one_c: its weight needs no new zeros: none of it is to go"),
+        ("--method weights --masks values.npz", "other values than 0 and 1"),
+        ("--method low-rank --ratio 0.3 --exclude one_cc", "did you mean one_c"),
     ],
 )
 def test_refused_and_nothing_written(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez("shape.npz", one_a=np.ones((3, 3), np.bool_))
+    np.savez("ones.npz", one_a=np.ones((32, 16, 3, 3), np.bool_))
+    np.savez("values.npz", one_a=np.full((32, 16, 3, 3), 0.5))
     before = sorted(Path().iterdir())
     assert run_app(app, ["prune", "net.onnx", "-o", "out.onnx", *arguments.split()]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--ratio 0.25", "it is pruned like this already"),
+        ("--ratio 0.25 --method weights", "zero already"),
+        ("--ratio 0.25 --method low-rank", "share a ratio of 0.75 already"),
+    ],
+)
+def test_a_second_run_writes_nothing(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(app, ["prune", "net.onnx", "-o", "once.onnx", *arguments.split()]) == 0
+    capsys.readouterr()
+    assert run_app(app, ["prune", "once.onnx", "-o", "twice.onnx", *arguments.split()]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not Path("twice.onnx").exists()
+
+
+def test_a_further_cut_that_rounding_forbids_is_not_called_done(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(app, ["prune", "net.onnx", "-o", "once.onnx", "--ratio", "0.25"]) == 0
+    assert run_app(app, ["prune", "once.onnx", "-o", "twice.onnx", "--ratio", "0.3"]) == 2
+    assert "s (12 of 12 stay, not 11)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_model_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -32,6 +33,7 @@ from toolchain.prune_search import (
     to_drop,
     to_latency,
     to_macs,
+    to_ratio,
 )
 
 
@@ -85,6 +87,29 @@ def test_a_curve_is_convex_and_rises() -> None:
 def test_room(round_to: int | None, expected: Room) -> None:
     (group,) = (g for g in ground().groups if g.name == "one_c")
     assert room(group, round_to=round_to, min_channels=1, dense=group.count) == expected
+
+
+def test_what_holds_a_group_back_is_said() -> None:
+    (group,) = (g for g in ground().groups if g.name == "one_c")
+    held = {
+        options: room(group, round_to=options[0], min_channels=options[1], dense=32).held
+        for options in ((64, 1), (1, 10), (8, 10), (1, 1))
+    }
+    multiple = "what is left is a multiple of {} (round_to)"
+    assert held == {
+        (64, 1): multiple.format(64),
+        (1, 10): "10 are to stay (min_channels)",
+        (8, 10): f"10 are to stay (min_channels) and {multiple.format(8)}",
+        (1, 1): "of 32 no more than 90% go",
+    }
+    here = ground()
+    found = to_ratio(here, 0.3, scope="layer", dense={g.name: g.count for g in here.groups})
+    assert found.asked == {"s": 11, "one_c": 22, "two_c": 22}
+    assert not found.held  # to the channel
+    rooms = {g.name: room(g, round_to=12, min_channels=1, dense=g.count) for g in here.groups}
+    found = to_ratio(dataclasses.replace(here, rooms=rooms), 0.3, scope="layer", dense={})
+    assert found.gone == {"s": 4, "one_c": 8, "two_c": 8}
+    assert found.held == dict.fromkeys(("s", "one_c", "two_c"), multiple.format(12))
 
 
 def test_curves_are_those_of_the_masked_graph() -> None:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 from prune_nets import images, residual_net
 
+from passes.fuse_conv_bn import FuseConvBn
 from toolchain import benchmark as bench
 from toolchain.build import build
 from toolchain.cache import Cache
@@ -115,6 +116,53 @@ def test_refused(
     with pytest.raises(GraphError, match=message) as caught:
         prune(residual_net(), asked(**options), given)
     assert hint in (caught.value.hint or "")
+
+
+def raw_net() -> ir.Model:
+    """As exporters leave it: BatchNormalization behind convolutions, with scales that differ a thousandfold, and
+    MatMul with its bias in an Add."""
+    rng = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {"w": (32, 16, 3, 3), "u": (32, 32, 1, 1), "m": (32, 5), "mb": (5,)}
+    shapes |= {f"{name}{i}": (32,) for i in (1, 2) for name in ("scale", "shift", "mean", "variance")}
+    body = (
+        "c = Conv <pads = [1, 1, 1, 1]> (x, w) n = BatchNormalization (c, scale1, shift1, mean1, variance1) "
+        "d = Conv (n, u) e = BatchNormalization (d, scale2, shift2, mean2, variance2) r = Relu (e) "
+        "p = GlobalAveragePool (r) f = Flatten (p) k = MatMul (f, m) y = Add (k, mb)"
+    )
+    declared = ", ".join(f"float[{', '.join(map(str, shape))}] {name}" for name, shape in shapes.items())
+    model = ir.from_onnx_text(
+        f'<ir_version: 8, opset_import: ["" : 17]> g (float[N, 16, 8, 8] x, {declared}) => (float[N, 5] y) {{ {body} }}'
+    )
+    for value in list(model.graph.inputs)[1:]:
+        name = str(value.name)
+        data = rng.normal(size=shapes[name])
+        if name.startswith(("scale", "variance")):
+            data = 10 ** rng.uniform(-1.5, 1.5, shapes[name])
+        value.const_value = ir.Tensor(data.astype(np.float32), name=name)
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    return model
+
+
+@pytest.mark.parametrize("importance", ["auto", "activation"])
+def test_ranks_are_chosen_of_what_layers_are_once_normalisations_are_folded(importance: str) -> None:
+    feeds = [{"x": np.random.default_rng(seed).normal(size=(16, 16, 8, 8)).astype(np.float32)} for seed in range(2)]
+    batches = [Batch(each, None) for each in feeds]
+    given = Given(calibration=batches if importance != "auto" else (), judged=batches, data="noise")
+    step = asked(method="low-rank", ratio=0.3, importance=importance, exclude=["MatMul -> k"])
+    raw, folded = raw_net(), raw_net()
+    assert FuseConvBn()(folded).fired == 2
+    made, report = prune(raw, step, given)
+    expected, _ = prune(folded, step, given)
+    assert "2 BatchNormalization were folded into the layers beside them first" in report.remarks
+    assert [node.op_type for node in made.graph].count("BatchNormalization") == 0
+    assert [node.op_type for node in raw.graph].count("BatchNormalization") == 2  # the model itself is as it was
+    np.testing.assert_allclose(run_reference(made, feeds)[0]["y"], run_reference(expected, feeds)[0]["y"], rtol=1e-4)
+    again, second = prune(made, step, given)
+    assert again is made
+    assert not second.changed
+    with pytest.raises(GraphError, match="BatchNormalization -> n is folded into another layer"):
+        prune(raw_net(), asked(method="low-rank", ratio=0.3, exclude=["BatchNormalization -> n"]), given)
 
 
 def test_without_a_layer_or_samples_it_says_so(given: Given) -> None:
