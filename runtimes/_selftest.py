@@ -67,17 +67,8 @@ def selftest(root: Path) -> tuple[Tested, ...]:
     from runtimes.package import read_package
 
     package = read_package(root)
-    expected = package.metadata.get(KEY)
     where = str(package.root)
-    if not isinstance(expected, dict) or type(expected.get("cases")) is not int:
-        raise InvalidArtifact("the artifact has no self-test vectors", where=where, hint="build it again")
-    tensors: dict[str, np.ndarray] = {}
-    if expected["cases"]:
-        name = expected.get("file")
-        if not isinstance(name, str) or name not in package.files:
-            raise InvalidArtifact("the file of the self-test vectors is not in the manifest", where=where)
-        package.verify([name])
-        tensors = read_vectors(package.root / name)
+    vectors = read_vectors_of(package)
     found = []
     for variant in package.variants:
         try:
@@ -89,7 +80,7 @@ def selftest(root: Path) -> tuple[Tested, ...]:
             found.append(Tested(variant.name, None, state.reason))
             continue
         with runtimes.load(package.root, variant=variant.name) as session:
-            found.append(Tested(variant.name, _compare(session, variant.name, expected, tensors, where)))
+            found.append(Tested(variant.name, compare(session, variant.name, vectors)))
     if all(one.why_not for one in found):
         raise InvalidArtifact(
             "nothing in it runs here: " + "; ".join(f"{one.variant}: {one.why_not}" for one in found),
@@ -99,9 +90,54 @@ def selftest(root: Path) -> tuple[Tested, ...]:
     return tuple(found)
 
 
-def _compare(
-    session: Any, variant: str, expected: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: str
-) -> float | None:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Vectors:
+    """The self-test vectors of an artifact.
+
+    Attributes:
+        expected: the manifest's word on them, as this module's docstring has it.
+        tensors: the file's.
+        where: the artifact, for messages.
+    """
+
+    expected: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray]
+    where: str
+
+    def inputs(self) -> list[dict[str, np.ndarray]]:
+        """The inputs of each case."""
+        cases = range(min(self.expected["cases"], len(self.tensors)))
+        return [_under(self.tensors, f"inputs/{case}/") for case in cases]
+
+
+def read_vectors_of(package: Any) -> Vectors:
+    """The vectors of a ``runtimes.package.Package``, their digest compared.
+
+    Raises:
+        InvalidArtifact: there are none, or they are damaged.
+    """
+    expected = package.metadata.get(KEY)
+    where = str(package.root)
+    if not isinstance(expected, dict) or type(expected.get("cases")) is not int:
+        raise InvalidArtifact("the artifact has no self-test vectors", where=where, hint="build it again")
+    tensors: dict[str, np.ndarray] = {}
+    if expected["cases"]:
+        name = expected.get("file")
+        if not isinstance(name, str) or name not in package.files:
+            raise InvalidArtifact("the file of the self-test vectors is not in the manifest", where=where)
+        package.verify([name])
+        tensors = read_vectors(package.root / name)
+    return Vectors(expected, tensors, where)
+
+
+def compare(session: Any, variant: str, vectors: Vectors) -> float | None:
+    """Runs the cases on a session of a variant. Returns the largest error; None where there is nothing to compare.
+
+    Raises:
+        RunFailed: an output is further from what was stored than its bound.
+        InvalidArtifact: the vectors do not know the variant.
+    """
+    expected, tensors, where = vectors.expected, vectors.tensors, vectors.where
     worst: float | None = None
     if not expected["cases"]:
         return worst
@@ -110,8 +146,7 @@ def _compare(
         stored, most = str(entry["outputs"]), float(entry["max_error"])
     except (KeyError, TypeError, ValueError):
         raise InvalidArtifact(f"the self-test says nothing of variant {variant!r}", where=where) from None
-    for case in range(min(expected["cases"], len(tensors))):
-        feeds = _under(tensors, f"inputs/{case}/")
+    for case, feeds in enumerate(vectors.inputs()):
         wanted = _under(tensors, f"outputs/{case}/{stored}/")
         if not wanted:
             raise InvalidArtifact(f"the self-test has no outputs of variant {variant!r}", where=where)

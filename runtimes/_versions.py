@@ -7,6 +7,7 @@
     root/2/…
     root/latest         the one in service: a symlink to ``2``; where links are not to be had (Windows, FAT), a file
                         that says ``2``
+    root/serving.yaml   how the server serves it, and labels.txt: the user's, left alone here
     root/.lock          held by whoever changes anything here, and let go by the system when that process ends
 
 A version is made in a hidden folder and put in its place by one rename; the pointer is replaced by one rename. So at
@@ -33,6 +34,8 @@ POINTER = "latest"
 _LOCK = ".lock"
 #: What is being made, and what is being removed; whoever holds the lock may clear both away.
 _WORKING, _REMOVING = ".incoming-", ".removing-"
+#: What a user may put beside the versions.
+_BESIDE = ("serving.yaml", "labels.txt")
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _ELSEWHERE = "name a folder that is there or can be made, and that you may write to"
 #: What helps where the system does not let us write.
@@ -222,7 +225,7 @@ def sync_folder(path: Path) -> None:
 def _ours(path: Path) -> bool:
     name = path.name
     return (
-        name in (POINTER, _LOCK)
+        name in (POINTER, _LOCK, *_BESIDE)
         or _is_version(path)
         or (name.endswith(".sig") and _NUMBER.fullmatch(name[: -len(".sig")]) is not None)
         or name.startswith((_WORKING, _REMOVING, f".{POINTER}-"))

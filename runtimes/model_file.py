@@ -23,6 +23,8 @@ from pathlib import Path
 from runtimes.base import InvalidModel
 
 _VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5
+#: Fields of GraphProto.
+_INPUT, _OUTPUT = 11, 12
 
 #: message -> field number -> message, for every path from ModelProto to a TensorProto or an opset. The tests
 #: hold it against onnx's own descriptors, so a tensor field that a newer ONNX adds does not go unseen.
@@ -74,6 +76,8 @@ class ModelFile:
         shapes: inputs and outputs of the graph that are tensors, with the shape that they declare, as in
             ``TensorSpec``; runtimes forget the names of dimensions, or take no shape for a scalar's.
         element_types: the same tensors, with ONNX's number of their element type; 0 where none is declared.
+        inputs, outputs: which of them go in and come out, in the order of the graph. Below IR version 4 the inputs
+            are those with initializers too.
     """
 
     path: Path
@@ -83,6 +87,8 @@ class ModelFile:
     producer: str
     shapes: dict[str, tuple[int | str | None, ...] | None]
     element_types: dict[str, int]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
     @property
     def unranked(self) -> frozenset[str]:
@@ -156,6 +162,7 @@ class _Scan:
         self._locations: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int | str | None, ...] | None] = {}
         self._element_types: dict[str, int] = {}
+        self._ends: dict[int, list[str]] = {_INPUT: [], _OUTPUT: []}
 
     def model(self) -> ModelFile:
         self._look_for_other_formats()
@@ -195,8 +202,8 @@ class _Scan:
             for number, wire, first, last in self._fields(start, stop, message):
                 child = children.get(number)
                 if child is None:
-                    if depth == 2 and message == "GraphProto" and number in (11, 12) and wire == _LEN:
-                        self._value_info(first, last)
+                    if depth == 2 and message == "GraphProto" and number in self._ends and wire == _LEN:
+                        self._value_info(first, last, self._ends[number])
                     continue
                 if wire != _LEN:
                     raise self._damaged(f"field {number} of {message} has wire type {wire}", first)
@@ -204,7 +211,15 @@ class _Scan:
                     continue
                 todo.append((child, first, last, depth + 1))
         return ModelFile(
-            self._path, tuple(self._data_files), opsets, ir_version, producer, self._shapes, self._element_types
+            self._path,
+            tuple(self._data_files),
+            opsets,
+            ir_version,
+            producer,
+            self._shapes,
+            self._element_types,
+            tuple(self._ends[_INPUT]),
+            tuple(self._ends[_OUTPUT]),
         )
 
     def _look_for_other_formats(self) -> None:
@@ -285,8 +300,8 @@ class _Scan:
                 version = first
         return ("" if domain == "ai.onnx" else domain), version
 
-    def _value_info(self, start: int, stop: int) -> None:
-        """Notes the declared shape and element type of an input or output of the main graph."""
+    def _value_info(self, start: int, stop: int, names: list[str]) -> None:
+        """Notes the name, declared shape and element type of an input or output of the main graph."""
         name, is_tensor, element_type = "", False, 0
         shape: tuple[int | str | None, ...] | None = None
         for number, wire, first, last in self._fields(start, stop, "ValueInfoProto"):
@@ -304,6 +319,7 @@ class _Scan:
         if is_tensor:
             self._shapes[name] = shape
             self._element_types[name] = element_type
+        names.append(name)
 
     def _dimensions(self, start: int, stop: int) -> Iterator[int | str | None]:
         """The entries of a TensorShapeProto: a size, a name, or None where it says neither, or no possible size."""

@@ -93,6 +93,16 @@ def test_install_load_rollback(tmp_path: Path, bundle: Path) -> None:
     assert "1, 2" in str(caught.value)
 
 
+def test_how_it_is_served_may_lie_beside_the_versions(tmp_path: Path, bundle: Path, quick: None) -> None:
+    root = tmp_path / "root"
+    installing.install(bundle, root)
+    for name in ("serving.yaml", "labels.txt"):
+        (root / name).write_text("pin: true\n")
+    for _ in range(3):
+        installing.install(bundle, root, keep=2)
+    assert sorted(path.name for path in root.iterdir()) == [".lock", "3", "4", "labels.txt", "latest", "serving.yaml"]
+
+
 def test_a_session_survives_the_switch(tmp_path: Path, bundle: Path, quick: None) -> None:
     root = tmp_path / "root"
     installing.install(bundle, root)

@@ -73,6 +73,7 @@ def test_what_it_reports(tmp_path: Path) -> None:
     assert found.data_files == (tmp_path / "sub" / "w.bin",)
     assert found.opset_imports == {"": 19, "com.example": 3}
     assert (found.ir_version, found.producer, found.unranked) == (9, "someone", frozenset())
+    assert (found.inputs, found.outputs) == (("x",), ("y",))
     copy_model(found, tmp_path / "copy")
     assert check_model_file(tmp_path / "copy" / "model.onnx").data_files == (tmp_path / "copy/sub/w.bin",)
 
