@@ -81,7 +81,7 @@ def check(answer: bytes, session: runtimes.Session, sample: dict[str, np.ndarray
     np.testing.assert_array_equal(np.frombuffer(answer, np.int64, 2, offset=12), expected["doubled"][0])
 
 
-def cmake(sample: str, build_folder: Path, *definitions: str) -> Path:
+def cmake(sample: str, build_folder: Path, *definitions: str, only_configure: bool = False) -> Path:
     """Configures and builds a sample; skips by the name of what is missing here, fails where the build does."""
     scripts = sysconfig.get_path("scripts")
     program = shutil.which("cmake", path=scripts) or shutil.which("cmake")
@@ -89,10 +89,11 @@ def cmake(sample: str, build_folder: Path, *definitions: str) -> Path:
         pytest.skip("cmake: not installed (pip install cmake)")
     if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")):
         pytest.skip("c++: no compiler (Debian: apt install g++)")
-    for command in (
+    commands = [
         [program, "-S", str(SAMPLES / sample), "-B", str(build_folder), *definitions],
         [program, "--build", str(build_folder), "-j", "2"],
-    ):
+    ]
+    for command in commands[:1] if only_configure else commands:
         done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=400, check=False)
         said = done.stdout + done.stderr
         for package in ("OpenSSL", "Python"):
@@ -208,6 +209,18 @@ def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if importlib.util.find_spec("openvino") is None:
         pytest.skip("openvino: not installed (pip install openvino)")
     return cmake("06_cpp_native", folder, f"-DPYTHON={sys.executable}", "-DORT_HOME=") / "native"
+
+
+def test_06_finds_onnx_runtime_where_debian_puts_it(tmp_path: Path) -> None:
+    triplet = sysconfig.get_config_var("MULTIARCH")
+    if not triplet:
+        pytest.skip("multiarch: this system has no such folders")
+    for name in ("include/onnxruntime/onnxruntime_cxx_api.h", f"lib/{triplet}/libonnxruntime.so"):
+        (tmp_path / "usr" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "usr" / name).touch()
+    cmake("06_cpp_native", tmp_path / "build", f"-DORT_HOME={tmp_path / 'usr'}", only_configure=True)
+    found = (tmp_path / "build" / "CMakeCache.txt").read_text()
+    assert f"ORT_LIBRARY:FILEPATH={tmp_path}/usr/lib/{triplet}/libonnxruntime.so" in found
 
 
 def run_native(program: Path, *arguments: str | Path, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
