@@ -47,6 +47,7 @@ class Calibration:
             channel, float64 [channels of the last axis].
         channel_mean: where it was asked for, for outputs of Conv, ConvTranspose, Gemm and MatMul the mean of every
             output channel, float64 [channels].
+        asked: how many samples there were to be; None where that is not known.
     """
 
     graph: str
@@ -54,6 +55,7 @@ class Calibration:
     ranges: Mapping[str, TensorRange]
     channel_amax: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     channel_mean: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    asked: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from toolchain.progress import Status, silent
 from toolchain.recipe import Recipe
 from toolchain.recipe_file import dump
 from toolchain.render import html
-from toolchain.report import BuildReport, VariantReport
+from toolchain.report import BuildReport, CalibrationReport, VariantReport
 from toolchain.selftest import KEY, make_selftest
 from toolchain.targets import cannot_run, float_precision, ranked
 
@@ -73,11 +73,13 @@ def build(
         if kept is not None:
             return Built(line.destination, kept, True)
         found = _ranked(line, [pair for target in line.targets for pair in _variants(line, target)])
+        quantised = any(variant.precision in CALIBRATED for variant, _ in found)
+        calibration = _calibration_report(line) if quantised else None
         report = BuildReport(
             name=line.name,
             model=line.source.public,
             weights=to_json(line.meta.weights),
-            warnings=_warnings(line.meta),
+            warnings=(*_warnings(line.meta), *(calibration.warnings() if calibration else ())),
             opset=line.meta.opset,
             torch_error=dict(line.meta.torch_error),
             exported_size=sum(file.stat().st_size for file in exported.glob("model.onnx*")),
@@ -85,6 +87,7 @@ def build(
             variants=tuple(measured for _, measured in found),
             stages=tuple(line.stages),
             prune=line.prune_report,
+            calibration=calibration,
         )
         on_status("packing")
         _pack(line, report, [variant for variant, _ in found])
@@ -211,6 +214,18 @@ def _warnings(exported: Exported) -> tuple[str, ...]:
     return exported.warnings
 
 
+def _calibration_report(line: Line) -> CalibrationReport:
+    file, data, found = line.recipe.quantize.calibration, line.calibration_data, line.calibration
+    return CalibrationReport(
+        source=Path(file).name if file is not None else data.name if data is not None else "",
+        samples=found.samples,
+        asked=found.asked,
+        tensors=len(found.ranges),
+        without_range=calibration_file.without_range(found, line.float_model),
+        interrupted=file is not None and Path(f"{file}{calibration_file.STATE}").exists(),
+    )
+
+
 def _pack(line: Line, report: BuildReport, variants: list[Variant]) -> None:
     meta = line.meta
     recipe = line.recipe.portable()
@@ -224,7 +239,7 @@ def _pack(line: Line, report: BuildReport, variants: list[Variant]) -> None:
         },
         "warnings": list(report.warnings),
         "label_offset": meta.label_offset,
-        "preprocessing": meta.preprocessing.to_json() if meta.preprocessing else None,
+        "preprocessing": line.preprocessing.to_json() if line.preprocessing else None,
         "labels": list(meta.labels) if meta.labels else None,
         "recipe": recipe.model_dump(),
         "prune": to_json(report.prune),

@@ -39,7 +39,7 @@ import numpy as np
 import runtimes
 from passes._quant import Calibration, TensorRange
 from runtimes._inputs import InputCheck
-from toolchain.calibration_file import Mismatch, match, read, require_match, write
+from toolchain.calibration_file import Mismatch, match, read, require_match, without_range, write
 from toolchain.clipping import METHODS, PERCENTILE, Method
 from toolchain.errors import CalibrationError, DataError
 from toolchain.histogram import NonFinite
@@ -308,5 +308,6 @@ __all__ = [
     "observe",
     "read",
     "require_match",
+    "without_range",
     "write",
 ]

@@ -7,6 +7,7 @@ One line a tensor::
       "version": 1,
       "graph": "5f0c...",
       "samples": 64,
+      "asked": 64,
       "ranges": {
         "relu": {"low": 0.0, "high": 5.9, "amax": 5.2, "minimum": 0.0, "maximum": 6.5, "method": "mse"}
       }
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
 _FORMAT, _VERSION = "toolchain-calibration", 1
 _NUMBERS = ("low", "high", "amax", "minimum", "maximum")
+#: what the name of an interrupted calibration's state has besides that of the file it was to become
+STATE = ".state"
+#: how an .npz begins
+_ZIP = b"PK"
 _CHANNELS = ("channel_amax", "channel_mean")
 
 
@@ -75,6 +80,7 @@ def dumps(calibration: Calibration) -> str:
         "version": _VERSION,
         "graph": calibration.graph,
         "samples": calibration.samples,
+        **({} if calibration.asked is None else {"asked": calibration.asked}),
     }
     parts = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     parts.append('  "ranges": {\n' + ",\n".join(lines) + "\n  }")
@@ -96,7 +102,14 @@ def read(path: Path) -> Calibration:
         CalibrationError: it is not there, damaged, of a newer version, or holds what is no range.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        if content.startswith(_ZIP):
+            raise CalibrationError(
+                "not a calibration: a .state of one that was interrupted, or histograms",
+                where=str(path),
+                hint="toolchain calibrate with the same arguments and --resume goes on from a state",
+            )
+        tree = json.loads(content)
     except FileNotFoundError as error:
         raise CalibrationError(
             "no such calibration", where=str(path), hint=f"toolchain calibrate MODEL.onnx --data DATA -o {path.name}"
@@ -117,7 +130,8 @@ def read(path: Path) -> Calibration:
             key: {str(name): np.asarray(row, np.float64) for name, row in tree.get(key, {}).items()}
             for key in _CHANNELS
         }
-        return Calibration(str(tree["graph"]), int(tree["samples"]), ranges, **channels)
+        asked = None if tree.get("asked") is None else int(tree["asked"])
+        return Calibration(str(tree["graph"]), int(tree["samples"]), ranges, **channels, asked=asked)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CalibrationError(f"damaged: {error}", where=str(path), hint="calibrate again") from error
 
@@ -134,13 +148,18 @@ def match(calibration: Calibration, model: ir.Model) -> Mismatch:
     return Mismatch(
         False,
         missing=tuple(name for name in calibration.ranges if name not in names),
-        new=tuple(name for name in plan(model).ranged() if name not in calibration.ranges),
+        new=without_range(calibration, model),
     )
 
 
 def require_match(calibration: Calibration, model: ir.Model, *, where: str | None = None) -> None:
     """Raises CalibrationError where values of the graph that want a range have none; the message names them."""
     match(calibration, model).require(where=where)
+
+
+def without_range(calibration: Calibration, model: ir.Model) -> tuple[str, ...]:
+    """Values of the graph that want a range and have none, in the order of the graph."""
+    return tuple(name for name in plan(model).ranged() if name not in calibration.ranges)
 
 
 def _line(range_: TensorRange) -> str:

@@ -77,6 +77,51 @@ class Tools:
         return " + ".join(used) or "plain"
 
 
+def prepared_by(
+    tools: Tools,
+    plain: Prepared,
+    data: Iterable[Batch],
+    *,
+    method: Method,
+    percentile: float,
+    on_status: Status,
+) -> Prepared:
+    """The float graph that is quantised: ``plain`` itself, or what the tools make of it. See ``prepare``."""
+    if (tools.equalization, tools.smooth_quant) == ("none", "none"):
+        return plain
+    alpha = {"none": None, "on": "auto"}.get(str(tools.smooth_quant), tools.smooth_quant)
+    return prepare(
+        plain.model,
+        plain.calibration,
+        data,
+        equalization=tools.equalization != "none",
+        smooth_quant=alpha,  # type: ignore[arg-type]  # a float, or "auto"
+        method=method,
+        percentile=percentile,
+        on_status=on_status,
+    )
+
+
+def quantised_by(
+    tools: Tools,
+    prepared: Prepared,
+    target: Target,
+    *,
+    exclude: tuple[str, ...],
+    weights: str,
+    data: Iterable[Batch],
+    samples: Sequence[Feeds],
+) -> tuple[ir.Model, tuple[Declined, ...]]:
+    """The prepared graph in INT8, and what was declined in it. If the tools say so, its biases are corrected on the
+    first batches of ``data``, or on ``samples`` where there is none."""
+    made, declined = lower_int8(prepared.model, target, prepared.calibration, exclude=exclude, weights=weights)
+    if tools.bias_correction != "none":
+        means_of = [batch.inputs for batch in itertools.islice(data, _BIAS_BATCHES)] or samples
+        mode = tools.bias_correction
+        correct_bias(prepared.model, made, means_of, mode=mode, dialect=dialect_of(target))  # type: ignore[arg-type]
+    return made, declined
+
+
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Candidates:
     """Makes, judges and times candidates, each one told by its tools and by the nodes that are returned to float.
@@ -105,19 +150,9 @@ class Candidates:
     def prepared(self, tools: Tools) -> Prepared:
         """The float graph that is quantised. Raises DataError, GraphError."""
         key = tools.equalization, tools.smooth_quant
-        if key == ("none", "none"):
-            return self.plain
         if key not in self._prepared:
-            alpha = {"none": None, "on": "auto"}.get(str(tools.smooth_quant), tools.smooth_quant)
-            self._prepared[key] = prepare(
-                self.plain.model,
-                self.plain.calibration,
-                self.data,
-                equalization=tools.equalization != "none",
-                smooth_quant=alpha,  # type: ignore[arg-type]  # a float, or "auto"
-                method=self.method,
-                percentile=self.percentile,
-                on_status=self.on_status,
+            self._prepared[key] = prepared_by(
+                tools, self.plain, self.data, method=self.method, percentile=self.percentile, on_status=self.on_status
             )
         return self._prepared[key]
 
@@ -128,19 +163,15 @@ class Candidates:
 
     def quantised(self, tools: Tools, returned: tuple[str, ...]) -> tuple[ir.Model, tuple[Declined, ...]]:
         """A candidate whose float values are those of the float graph, and what was declined in it."""
-        prepared = self.prepared(tools)
-        made, declined = lower_int8(
-            prepared.model,
+        return quantised_by(
+            tools,
+            self.prepared(tools),
             self.target,
-            prepared.calibration,
             exclude=(*self.exclude, *returned),
             weights=self.weights,
+            data=self.data,
+            samples=self.samples,
         )
-        if tools.bias_correction != "none":
-            means_of = [batch.inputs for batch in itertools.islice(self.data, _BIAS_BATCHES)] or self.samples
-            mode = tools.bias_correction
-            correct_bias(prepared.model, made, means_of, mode=mode, dialect=dialect_of(self.target))  # type: ignore[arg-type]
-        return made, declined
 
     def drop(self, tools: Tools, returned: tuple[str, ...]) -> float:
         """What the candidate loses."""

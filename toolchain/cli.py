@@ -97,6 +97,7 @@ def build(
     data: Annotated[
         str | None, typer.Option(help="samples for INT8 calibration: a folder of images, .npz, ...", show_default=False)
     ] = None,
+    preprocessing: console.Preprocessing = None,
     calibration: Annotated[
         str | None, typer.Option(help="a file from `toolchain calibrate`, in place of --data", show_default=False)
     ] = None,
@@ -159,6 +160,7 @@ def build(
         output=output,
         precision=precision,
         data__calibration=data,
+        data__preprocessing=preprocessing,
         quantize__calibration=calibration,
         quantize__method=method,
         quantize__max_drop=max_drop,
@@ -297,6 +299,7 @@ def verify(
     variant: Annotated[str | None, typer.Option(help="of the artifact", show_default="the best here")] = None,
     eval_data: EvalData = None,
     limit: Annotated[int | None, typer.Option(help="use this many evaluation samples", show_default="all")] = None,
+    preprocessing: console.Preprocessing = None,
     samples: Annotated[int, typer.Option(help="seeded inputs to compare on", min=1)] = 4,
     dim: Dims = None,
     max_nmse: Annotated[
@@ -311,8 +314,9 @@ def verify(
 
     with console.status("verify") as on_status:
         result = verify_path(
-            path, against=against, variant=variant, eval_data=eval_data, limit=limit, samples=samples,
-            dims=console.parse_dims(dim), max_nmse=max_nmse, layers=layers, seed=seed or 0, on_status=on_status,
+            path, against=against, variant=variant, eval_data=eval_data, limit=limit, preprocessing=preprocessing,
+            samples=samples, dims=console.parse_dims(dim), max_nmse=max_nmse, layers=layers, seed=seed or 0,
+            on_status=on_status,
         )  # fmt: skip
     if json:
         console.print_json(result)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
-import json as jsons
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
+import onnx_ir as ir
 import typer
 from rich.text import Text
 
@@ -14,9 +15,12 @@ import runtimes
 from runtimes import package
 from toolchain import calibration as calibrations
 from toolchain import console
+from toolchain.artifact_source import float_graph, preprocessing_of_artifact
 from toolchain.calibration import Calibration, Method, Observed
+from toolchain.calibration_file import STATE
 from toolchain.clipping import PERCENTILE
-from toolchain.data import Dataset, open_dataset
+from toolchain.console import Preprocessing
+from toolchain.data import Dataset, open_dataset, preprocessing_of
 from toolchain.errors import CalibrationError, DataError
 from toolchain.evaluate import input_specs
 from toolchain.onnx_file import read_onnx
@@ -24,9 +28,11 @@ from toolchain.preprocessing import ImagePreprocessing
 from toolchain.storage import require_other
 from toolchain.tables import table
 from toolchain.tensorrt_cache import read_tensorrt_cache, write_tensorrt_cache
-from toolchain.zoo import ZOO
 
 calibrating = typer.Typer()
+
+#: Samples that may be asked for, and that are read at a time: beyond that it is a slip of the finger.
+_MOST = 10_000_000
 
 
 @calibrating.command()
@@ -43,13 +49,7 @@ def calibrate(
     percentile: Annotated[float, typer.Option(help="share of the elements that percentile covers")] = PERCENTILE,
     limit: Annotated[int | None, typer.Option(help="use this many samples", show_default="all")] = None,
     batch_size: Annotated[int, typer.Option(help="samples that are read at a time")] = 8,
-    preprocessing: Annotated[
-        str | None,
-        typer.Option(
-            help="for images and a bare .onnx: a zoo name whose preprocessing is right, or a .json file",
-            show_default="the artifact's",
-        ),
-    ] = None,
+    preprocessing: Preprocessing = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on where this was interrupted")] = False,
     channels: Annotated[bool, typer.Option("--channels", help="also gather statistics of single channels")] = False,
     histograms: Annotated[bool, typer.Option("--histograms", help="also write the histograms, as .npz")] = False,
@@ -67,8 +67,15 @@ def calibrate(
             "where do the ranges come from?", hint="give --data SAMPLES, or --import-tensorrt-cache FILE; one of them"
         )
     chosen = _method(method, percentile)
-    file, spec = _model(model)
-    graph = read_onnx(file)
+    for option, number in (("--batch-size", batch_size), ("--limit", limit)):
+        if number is not None and not 1 <= number <= _MOST:
+            raise DataError(f"{number} is not a number of samples", where=option, hint=f"1 to {_MOST:,}")
+    if import_tensorrt_cache is not None:
+        of_data = {"--limit": limit, "--preprocessing": preprocessing, "--resume": resume, "--channels": channels}
+        given = next((option for option, value in {**of_data, "--histograms": histograms}.items() if value), None)
+        if given is not None:
+            raise CalibrationError("it has no effect on a TensorRT cache", where=given, hint="leave it out")
+    graph, spec = _model(model)
     destination = output or Path(f"{model.name.removesuffix('.onnx')}.calibration.json")
     inputs = [model, *([Path(data)] if data else [])]
     for path in (destination, *([export_tensorrt_cache] if export_tensorrt_cache else [])):
@@ -77,7 +84,7 @@ def calibrate(
     if import_tensorrt_cache is not None:
         imported = read_tensorrt_cache(import_tensorrt_cache, graph)
         result = imported.calibration
-        said |= {"unknown": imported.unknown, "uncovered": imported.uncovered}
+        said["unknown"] = imported.unknown
     else:
         assert data is not None
         dataset = open_dataset(
@@ -87,10 +94,11 @@ def calibrate(
             limit=limit,
             batch_size=batch_size,
         )
-        state = destination.with_name(f"{destination.name}.state")
-        del graph  # it was checked; the file is read again, without a second copy of the weights to be kept
-        found = _observe(file, dataset, state, resume=resume, channels=channels)
+        state = destination.with_name(f"{destination.name}{STATE}")
+        # A file was checked, and is read again: so there is no second copy of the weights.
+        found = _observe(graph if model.is_dir() else model, dataset, state, resume=resume, channels=channels)
         result = found.calibration(method=chosen, percentile=percentile)
+        result = dataclasses.replace(result, asked=limit or dataset.whole)
         if histograms:
             beside = destination.with_name(f"{destination.name.removesuffix('.json')}.npz")
             found.save(beside)
@@ -101,14 +109,14 @@ def calibrate(
     if export_tensorrt_cache is not None:
         write_tensorrt_cache(result, export_tensorrt_cache)
         said["tensorrt_cache"] = str(export_tensorrt_cache)
-    said |= _summary(result)
+    said |= _summary(result, graph)
     if json:
         console.print_json(said)
     else:
         _show(said)
 
 
-def _observe(file: Path, dataset: Dataset, state: Path, *, resume: bool, channels: bool) -> Observed:
+def _observe(model: ir.Model | Path, dataset: Dataset, state: Path, *, resume: bool, channels: bool) -> Observed:
     with console.status("calibrating") as on_status:
 
         def progress(samples: int) -> None:
@@ -116,7 +124,7 @@ def _observe(file: Path, dataset: Dataset, state: Path, *, resume: bool, channel
 
         try:
             return calibrations.observe(
-                file, dataset, channels=channels, data=dataset.fingerprint(), state=state, resume=resume,
+                model, dataset, channels=channels, data=dataset.fingerprint(), state=state, resume=resume,
                 on_progress=progress,
             )  # fmt: skip
         except (KeyboardInterrupt, runtimes.RunFailed):
@@ -131,44 +139,25 @@ def _method(method: str, percentile: float) -> Method:
     return found  # type: ignore[no-any-return]
 
 
-def _model(path: Path) -> tuple[Path, ImagePreprocessing | None]:
-    """The graph's file, and the preprocessing where an artifact knows it."""
+def _model(path: Path) -> tuple[ir.Model, ImagePreprocessing | None]:
+    """The float graph, of an artifact the one that its INT8 is made of; and the preprocessing where an artifact
+    knows it."""
     if not path.is_dir():
-        return path, None
+        return read_onnx(path), None
     found = package.read_package(path)
     found.verify()
-    variant = next((v for v in found.variants if v.precision == "fp32" and v.model_file), None)
-    if variant is None:
-        raise CalibrationError("the artifact holds no float model to calibrate", where=str(path))
-    tree = found.metadata.get("preprocessing")
-    return path / variant.directory / str(variant.model_file), ImagePreprocessing.from_json(tree) if tree else None
+    return float_graph(found), preprocessing_of_artifact(found)
 
 
-def preprocessing_of(text: str) -> ImagePreprocessing:
-    """The preprocessing that a zoo name or a .json file stands for. Raises DataError."""
-    if text in ZOO:
-        known = ZOO[text].preprocessing
-        if known is None:
-            raise DataError(f"{text} takes no images", where="--preprocessing")
-        return known
-    try:
-        tree = jsons.loads(Path(text).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"neither a zoo name nor a readable .json file: {error}",
-            where=f"--preprocessing {text}",
-            hint=f"zoo names: {', '.join(name for name, entry in ZOO.items() if entry.preprocessing)}",
-        ) from error
-    return ImagePreprocessing.from_json(tree)
-
-
-def _summary(result: Calibration) -> dict[str, Any]:
+def _summary(result: Calibration, graph: ir.Model) -> dict[str, Any]:
     ranges = result.ranges
     return {
         "graph": result.graph,
         "samples": result.samples,
+        "asked": result.asked,
         "tensors": len(ranges),
         "methods": dict(collections.Counter(r.method for r in ranges.values()).most_common()),
+        "without_range": list(calibrations.without_range(result, graph)),
         "constant": [name for name, r in ranges.items() if r.minimum == r.maximum],
     }
 
@@ -176,11 +165,13 @@ def _summary(result: Calibration) -> dict[str, Any]:
 def _show(said: dict[str, Any]) -> None:
     rows = [(name, str(count)) for name, count in said["methods"].items()]
     console.out.print(Text(f"{said['tensors']} ranges from {said['samples']} samples", style="bold"))
+    if said["asked"] is not None and said["samples"] < said["asked"]:
+        console.out.print(Text(f"only {said['samples']} of {said['asked']} samples", style="yellow"))
     console.out.print(table(("", ("method", "tensors"), rows)))
     for key, text in (
         ("constant", "never changed"),
         ("unknown", "in the cache but not in the graph"),
-        ("uncovered", "in the graph but not in the cache, so without a range"),
+        ("without_range", "without a range, so what reads them stays in float"),
     ):
         names = said.get(key) or ()
         if names:

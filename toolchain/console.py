@@ -6,8 +6,9 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
@@ -22,6 +23,16 @@ from toolchain.storage import REASONS
 #: A pipe has no width: tables are not folded to 80 columns there.
 out = Console(soft_wrap=False, highlight=False, width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+#: The option of every command that may read a folder of images.
+Preprocessing = Annotated[
+    str | None,
+    typer.Option(
+        help="of images: a zoo name whose preprocessing is right, or a .json file",
+        show_default="what the model or artifact says",
+    ),
+]
 
 
 @contextlib.contextmanager

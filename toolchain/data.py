@@ -13,6 +13,7 @@ Arrays are the model's inputs as they are; only images are preprocessed.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import zipfile
 import zlib
@@ -39,8 +40,9 @@ from toolchain.samples import (
 )
 from toolchain.seeded import seeded_inputs
 from toolchain.weights import file_sha256
+from toolchain.zoo import ZOO
 
-__all__ = ["CLASS_FILES", "IMAGE_SUFFIXES", "Batch", "Dataset", "open_dataset", "seeded_inputs"]
+__all__ = ["CLASS_FILES", "IMAGE_SUFFIXES", "Batch", "Dataset", "open_dataset", "preprocessing_of", "seeded_inputs"]
 
 
 def open_dataset(
@@ -90,6 +92,28 @@ def open_dataset(
         where=text,
         hint="give a .npz, a .npy, a folder of images, or FILE.py:FUNCTION",
     )
+
+
+def preprocessing_of(text: str) -> ImagePreprocessing:
+    """The preprocessing that a zoo name or a .json file stands for, as ``--preprocessing`` takes it.
+
+    Raises:
+        DataError: neither, or the file does not say it as ``ImagePreprocessing.to_json`` does.
+    """
+    if text in ZOO:
+        known = ZOO[text].preprocessing
+        if known is None:
+            raise DataError(f"{text} takes no images", where=f"--preprocessing {text}")
+        return known
+    try:
+        tree = json.loads(Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"neither a zoo name nor a readable .json file: {error}",
+            where=f"--preprocessing {text}",
+            hint=f"zoo names: {', '.join(name for name, entry in ZOO.items() if entry.preprocessing)}",
+        ) from error
+    return ImagePreprocessing.from_json(tree)
 
 
 def _arrays(path: Path, request: Request) -> Dataset:

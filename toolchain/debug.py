@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html as escape
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,18 @@ from passes.base import label
 from passes.quantize_int8 import quantizable
 from runtimes import Target
 from toolchain.calibration import observe
+from toolchain.candidates import Tools, prepared_by, quantised_by
+from toolchain.clipping import PERCENTILE, Method
 from toolchain.errors import GraphError
 from toolchain.evaluate import Feeds, reference_session
 from toolchain.histogram import HALF_BINS, Distribution
-from toolchain.lower import dialect_of, lower_int8
+from toolchain.lower import dialect_of
 from toolchain.metrics import tensor_error
+from toolchain.opset import at_least
+from toolchain.preparation import Prepared
 from toolchain.progress import Status, silent
+from toolchain.quantization import LEAST_OPSET
+from toolchain.samples import Batch
 from toolchain.sensitivity import layer_sensitivities
 from toolchain.storage import write_text
 
@@ -79,13 +85,15 @@ class QuantizationDebug:
     """All layers, the worst share first, and what they add up to.
 
     Attributes:
-        total_nmse: noise over signal of the model's output with everything quantised.
+        total_nmse: noise over signal of the model's output with all of ``layers`` quantised.
         samples: on how many samples.
+        tools: the accuracy tools that were used, such as "bias correction (fast)", or "plain".
     """
 
     total_nmse: float
     samples: int
     layers: tuple[LayerDebug, ...]
+    tools: str = "plain"
 
 
 def debug_quantization(
@@ -95,6 +103,11 @@ def debug_quantization(
     samples: Sequence[Feeds],
     *,
     weights: str = "balanced",
+    exclude: tuple[str, ...] = (),
+    tools: Tools | None = None,
+    data: Iterable[Batch] = (),
+    method: Method = "auto",
+    percentile: float = PERCENTILE,
     on_status: Status = silent,
 ) -> QuantizationDebug:
     """Measures every layer that the target's dialect quantises.
@@ -105,29 +118,49 @@ def debug_quantization(
         calibration: of ``model``.
         samples: small batches; every layer runs the whole model on them once.
         weights: as in ``QuantizeInt8``.
+        exclude: nodes that stay in float; they are not among the layers.
+        tools: the accuracy tools that the graph is quantised with; None for none of them. Tools that prepare the float
+            graph do so once; biases are corrected anew for each layer that is quantised alone.
+        data: what the tools measure on, gone through several times, so no generator; where it is empty, ``samples``.
+        method, percentile: of ranges that the tools change.
         on_status: is told how far it is.
 
     Raises:
-        GraphError: see ``lower_int8``.
+        GraphError: see ``lower_int8`` and ``prepare``.
     """
-    nodes = quantizable(model, dialect_of(target))
-    quantised, _ = lower_int8(model, target, calibration, weights=weights)
+    tools = Tools() if tools is None else tools
+    if tools != Tools():
+        data = list(data) or [Batch(dict(feeds), None) for feeds in samples]
+    prepared = prepared_by(
+        tools,
+        Prepared(at_least(model, LEAST_OPSET), calibration, 0),
+        data,
+        method=method,
+        percentile=percentile,
+        on_status=on_status,
+    )
+    model, calibration = prepared.model, prepared.calibration
+
+    def quantised_without(left: tuple[str, ...]) -> ir.Model:
+        return quantised_by(tools, prepared, target, exclude=left, weights=weights, data=data, samples=samples)[0]
+
+    nodes = [node for node in quantizable(model, dialect_of(target)) if node not in exclude]
+    quantised = quantised_without(exclude)
     on_status("running the float model")
-    with reference_session(model) as session:
-        expected = [session.run(feeds) for feeds in samples]
+    expected = outputs_of(model, samples)
     own = {layer.node: layer.nmse for layer in layer_sensitivities(model, quantised, nodes, samples)}
     on_status("observing the activations")
     distributions = dict(observe(model, samples).distributions())
-    total = _final(quantised, samples, expected)
+    total = noise_of(quantised, samples, expected)
     alone: dict[str, float] = {}
     for number, node in enumerate(nodes):
         on_status(f"{node} alone", number / len(nodes))
         others = tuple(name for name in nodes if name != node)
         try:
-            only, _ = lower_int8(model, target, calibration, exclude=others, weights=weights)
+            only = quantised_without((*exclude, *others))
         except GraphError:  # it is quantised with its neighbours or not at all: a pooling, an activation
             continue
-        alone[node] = _final(only, samples, expected)
+        alone[node] = noise_of(only, samples, expected)
     whole = sum(alone.values()) or 1.0
     by_name = {label(node): node for node in model.graph}
     layers = [
@@ -147,21 +180,22 @@ def debug_quantization(
     ]
     layers.sort(key=lambda layer: -layer.share)
     count = sum(len(next(iter(feeds.values()))) for feeds in samples)
-    return QuantizationDebug(total, count, tuple(layers))
+    return QuantizationDebug(total, count, tuple(layers), str(tools))
 
 
-def _final(model: ir.Model, samples: Sequence[Feeds], expected: Sequence[Feeds]) -> float:
-    """Noise over signal of the worst output, the mean over the samples."""
+def outputs_of(model: ir.Model, samples: Sequence[Feeds]) -> list[Feeds]:
+    """What the graph gives on each of the samples, unoptimised."""
     with reference_session(model) as session:
-        outputs = [session.run(feeds) for feeds in samples]
-    return float(
-        np.mean(
-            [
-                max(tensor_error(was[name], now[name]).nmse for name in was)
-                for was, now in zip(expected, outputs, strict=True)
-            ]
-        )
-    )
+        return [session.run(feeds) for feeds in samples]
+
+
+def noise_of(model: ir.Model, samples: Sequence[Feeds], expected: Sequence[Feeds]) -> float:
+    """Noise over signal of the graph's worst output against what was expected, the mean over the samples."""
+    errors = [
+        max(tensor_error(was[name], now[name]).nmse for name in was)
+        for was, now in zip(expected, outputs_of(model, samples), strict=True)
+    ]
+    return float(np.mean(errors))
 
 
 def _weight_sqnr(node: ir.Node, quantised: ir.Model) -> float | None:

@@ -34,7 +34,8 @@ def open_images(path: Path, request: Request) -> Dataset:
         raise DataError(
             "how to preprocess the images is not known: the model's source does not say",
             where=str(path),
-            hint="give the preprocessing, or prepared arrays in a .npz",
+            hint="--preprocessing with a zoo name or a .json file (data.preprocessing in a recipe), "
+            "or prepared arrays in a .npz",
         )
     chw = (3, *spec.size) if spec.layout == "NCHW" else (*spec.size, 3)
     check_arrays({inputs[0].name: np.empty((0, *chw), np.float32)}, inputs, f"{path.name} after preprocessing")

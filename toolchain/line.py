@@ -29,13 +29,14 @@ from toolchain.as_json import dumps, from_json
 from toolchain.bounds import float_bound
 from toolchain.cache import Cache, digest_of
 from toolchain.calibration import calibrate
-from toolchain.data import Dataset, open_dataset
+from toolchain.data import Dataset, open_dataset, preprocessing_of
 from toolchain.errors import DataError, StorageError
 from toolchain.evaluate import Feeds, class_count, input_specs, reference_session, run_made_up
 from toolchain.export import Exported, compare_on, export, export_source
 from toolchain.machine import cpu_model, package_versions, usable_cores
 from toolchain.onnx_file import write_onnx
 from toolchain.optimize import optimize
+from toolchain.preprocessing import ImagePreprocessing
 from toolchain.progress import Status
 from toolchain.prune_account import Given, PruneReport
 from toolchain.pruning import prune
@@ -96,6 +97,7 @@ class Line:
                 "source": models.fingerprint(self.source, weights=self.recipe.weights, seed=self.recipe.seed),
                 "opset": self.recipe.export.opset,
                 "compared_on": _identity(self.recipe.data.evaluation),
+                "preprocessing": self.recipe.data.preprocessing and _as_key(self.preprocessing),
             }
         )
 
@@ -135,6 +137,7 @@ class Line:
                 "recipe": self.recipe.model_dump(),
                 "targets": [str(target) for target in self.targets],
                 "data": datasets,
+                "preprocessing": _as_key(self.preprocessing),
                 "calibration": self.calibration_file_digest,
                 "machine": [cpu_model(), usable_cores()],
             }
@@ -290,6 +293,7 @@ class Line:
             percentile=options.percentile,
             on_progress=progress,
         )
+        found = dataclasses.replace(found, asked=data.whole)
         calibration_file.write(found, working / "calibration.json")
 
     # What the stages share; each is read back from the cache where the stage that makes it did not run.
@@ -321,6 +325,12 @@ class Line:
         return self.float_model if self.pruned else self.exported_model
 
     @functools.cached_property
+    def preprocessing(self) -> ImagePreprocessing | None:
+        """How images become the model's input: as the recipe says, else as the source does. Raises DataError."""
+        stated = self.recipe.data.preprocessing
+        return self.meta.preprocessing if stated is None else preprocessing_of(stated)
+
+    @functools.cached_property
     def evaluation(self) -> Dataset | None:
         """Samples with labels that accuracy is measured on."""
         return self._dataset(self.recipe.data.evaluation, self.recipe.data.limit)
@@ -341,7 +351,7 @@ class Line:
         return open_dataset(
             text,
             inputs=input_specs(self.exported_model),
-            preprocessing=self.meta.preprocessing,
+            preprocessing=self.preprocessing,
             class_names=self.meta.labels,
             class_count=class_count(self.exported_model),
             label_offset=self.meta.label_offset,
@@ -351,13 +361,27 @@ class Line:
 
     @functools.cached_property
     def samples(self) -> list[Feeds]:
-        """The first evaluation samples, or seeded ones of batch 1, 2, 1, ..., so that the batch is not always one."""
+        """What the artifact is verified on: the first batches of evaluation data; where there is none, samples of the
+        calibration data or seeded ones, of batch 1, 2, 1, ..., so that the batch is not always one."""
         count = self.recipe.verify.samples
         if self.evaluation is not None:
             return [batch.inputs for batch in itertools.islice(self.evaluation, count)]
         specs = input_specs(self.exported_model)
+        if self.calibration_data is not None:
+            whole = any(spec.shape and isinstance(spec.shape[0], int) for spec in specs)
+            return [
+                batch.inputs if whole else {name: array[: 1 + i % 2] for name, array in batch.inputs.items()}
+                for i, batch in enumerate(itertools.islice(self.calibration_data, count))
+            ]
         dims = self.recipe.dims
         return [seeded_inputs(specs, batch=1 + i % 2, seed=self.recipe.seed + i, dims=dims) for i in range(count)]
+
+    @property
+    def samples_are(self) -> str:
+        """What ``samples`` are, for the report."""
+        if self.evaluation is not None:
+            return "evaluation data"
+        return "seeded random" if self.calibration_data is None else "calibration data"
 
     @functools.cached_property
     def reference_outputs(self) -> list[Feeds]:
@@ -367,7 +391,11 @@ class Line:
 
     def _outputs_of(self, folder: Path) -> list[Feeds]:
         with reference_session(folder / "model.onnx") as session:
-            return run_made_up(session, self.samples) if self.evaluation is None else [*map(session.run, self.samples)]
+            return run_made_up(session, self.samples) if self.judged_on is None else [*map(session.run, self.samples)]
+
+
+def _as_key(preprocessing: ImagePreprocessing | None) -> dict[str, object] | None:
+    return None if preprocessing is None else preprocessing.to_json()
 
 
 def _identity(data: str | None) -> list[str | int] | None:

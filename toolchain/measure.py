@@ -74,7 +74,7 @@ def measure(line: Line, lowered: Lowered, target: runtimes.Target) -> tuple[Vari
     recipe = line.recipe
     variant, key, folder = compile_variant(line, lowered, target)
     absent = cannot_run(target)
-    evaluated = line.evaluation.fingerprint() if line.evaluation else None
+    evaluated = line.judged_on.fingerprint() if line.judged_on else None
     ground = {"compiled": key, "verify": recipe.verify.model_dump(), "seed": recipe.seed, "data": evaluated}
     ground |= {"dims": recipe.dims, "absent": absent is not None}
     fidelity = _kept(
@@ -183,7 +183,7 @@ def _fidelity(line: Line, variant: Variant, lowered: Lowered) -> Fidelity:
             session,
             line.samples,
             bound=bound_of(variant.precision, line.exported_model) if bound is None else bound,
-            inputs="evaluation data" if line.evaluation else "seeded random",
+            inputs=line.samples_are,
         )
     if not fidelity.passed:
         graph = ir.load(lowered.folder / "model.onnx")

@@ -31,7 +31,7 @@ from toolchain.progress import Status, silent
 from toolchain.samples import Batch
 
 #: What Q/DQ with a scale for each channel takes.
-_OPSET = 13
+LEAST_OPSET = 13
 #: Returned layers whose cost in latency is measured.
 _COSTED = 8
 #: How often what is slower in INT8 is looked for: each time the borders move.
@@ -114,6 +114,12 @@ class Int8Report:
     judged_on: str = ""
     opset: int = 0
 
+    @property
+    def tools(self) -> Tools:
+        """The accuracy tools that are used."""
+        alpha = self.smooth_quant
+        return Tools(self.equalization, alpha if alpha in ("none", "on") else float(alpha), self.bias_correction)
+
 
 def quantise_within_budget(
     model: ir.Model,
@@ -161,7 +167,7 @@ def quantise_within_budget(
     """
     tools = Tools() if tools is None else tools
     candidates = Candidates(
-        plain=Prepared(at_least(model, _OPSET), calibration, 0),
+        plain=Prepared(at_least(model, LEAST_OPSET), calibration, 0),
         target=target,
         judge=judge,
         samples=tuple(samples),

@@ -61,6 +61,7 @@ class Data(_Section):
     calibration: str | None = None
     calibration_limit: Annotated[int, pydantic.Field(ge=1)] | None = 512
     batch_size: Annotated[int, pydantic.Field(ge=1)] = 25
+    preprocessing: Annotated[str, pydantic.Field(min_length=1)] | None = None
 
 
 #: What prune's aims are, of which one is given.
@@ -273,6 +274,7 @@ class Recipe(_Section):
                     update={
                         "evaluation": _without_folder(self.data.evaluation),
                         "calibration": _without_folder(self.data.calibration),
+                        "preprocessing": _without_folder(self.data.preprocessing),
                     }
                 ),
                 "prune": self.prune and self.prune.model_copy(update={"masks": _without_folder(self.prune.masks)}),

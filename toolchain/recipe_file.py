@@ -125,6 +125,9 @@ data:
   calibration: null
   calibration_limit: 512
   batch_size: 25
+  # How images become the model's input: the name of a zoo model that is right, or a .json file; null: as the model's
+  # source says, which a bare .onnx does not
+  preprocessing: null
 
 # Pruning, before calibration; null cuts nothing. Channels go, with all that depends on them, and every runtime is
 # faster for it; recovered by least squares on data.calibration. One aim: ratio (0.3: three channels of ten),

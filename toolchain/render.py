@@ -230,6 +230,8 @@ def notes(report: BuildReport) -> list[str]:
     """What no table says: remarks of passes and runtimes, why a row may not be quoted, where it was measured."""
     lines = [] if report.prune is None else prune_notes(report.prune)
     lines += [f"{p.name}: {remark}" for p in report.passes for remark in p.remarks]
+    if report.calibration is not None:
+        lines.append(f"calibration: {report.calibration.described()}")
     for variant in report.variants:
         bench = variant.benchmark
         if variant.remark:

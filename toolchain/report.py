@@ -50,6 +50,50 @@ class VariantReport:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class CalibrationReport:
+    """Where the ranges of INT8 came from, and what is missing of them.
+
+    Attributes:
+        source: name of the calibration file, or of the data.
+        samples: how many they were measured on; 0 for ranges from a TensorRT cache.
+        asked: how many there were to be; None where that is not known.
+        tensors: how many ranges there are.
+        without_range: values of the graph that want one and have none: what reads them stays in float.
+        interrupted: beside the file lies the state of a later calibration that did not come to its end.
+    """
+
+    source: str
+    samples: int
+    asked: int | None
+    tensors: int
+    without_range: tuple[str, ...]
+    interrupted: bool = False
+
+    def described(self) -> str:
+        """Such as ``250 ranges from 64 samples, model.calibration.json``."""
+        origin = f"{self.samples} samples" if self.samples else "a TensorRT cache"
+        return f"{self.tensors} ranges from {origin}, {self.source}"
+
+    def warnings(self) -> tuple[str, ...]:
+        """What is missing, in sentences; none where all is there."""
+        found = []
+        if self.asked is not None and 0 < self.samples < self.asked:
+            found.append(f"calibration saw {self.samples} of {self.asked} samples")
+        if self.without_range:
+            more = f" and {len(self.without_range) - 5} more" if len(self.without_range) > 5 else ""
+            found.append(
+                f"calibration has no range for {len(self.without_range)} tensors, so what reads them stays in float: "
+                f"{', '.join(self.without_range[:5])}{more}"
+            )
+        if self.interrupted:
+            found.append(
+                f"beside {self.source} lies the state of a later calibration that was interrupted; "
+                "toolchain calibrate --resume ends it"
+            )
+        return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class BuildReport:
     """A whole build.
 
@@ -61,6 +105,7 @@ class BuildReport:
         exported_size: bytes of the exported model.
         stages: in the order they ran.
         prune: what was cut; None where nothing was asked for.
+        calibration: where ranges came from; None where no variant is in INT8 by them.
     """
 
     name: str
@@ -74,3 +119,4 @@ class BuildReport:
     variants: tuple[VariantReport, ...]
     stages: tuple[StageReport, ...]
     prune: PruneReport | None = None
+    calibration: CalibrationReport | None = None

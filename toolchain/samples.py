@@ -55,6 +55,11 @@ class Dataset:
         """The batches, from the first on. Raises DataError where one cannot be read or does not fit."""
         return self._batches()
 
+    @property
+    def whole(self) -> int | None:
+        """Number of samples with those that were dropped; None where it is not known beforehand."""
+        return None if self.len_hint is None else self.len_hint + self.dropped
+
     def describe(self) -> dict[str, Any]:
         """What a manifest records: JSON values, and no path of this machine."""
         return {

@@ -24,7 +24,7 @@ class Fidelity:
     Attributes:
         outputs: for each output its error over all samples taken as one tensor.
         samples: on how many samples (batch entries).
-        inputs: what they were: "evaluation data", or "seeded random".
+        inputs: what they were: "evaluation data", "calibration data", or "seeded random".
         bound: largest normalised MSE that was allowed.
     """
 

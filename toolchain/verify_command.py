@@ -10,13 +10,14 @@ from pathlib import Path
 
 import runtimes
 from runtimes import InvalidModel, package
+from toolchain import bundle
 from toolchain.artifact import EXPORTED, PRUNED
+from toolchain.artifact_source import preprocessing_of_artifact, was_pruned
 from toolchain.bounds import bound as bound_of
-from toolchain.data import open_dataset
+from toolchain.data import open_dataset, preprocessing_of
 from toolchain.errors import FidelityError
 from toolchain.evaluate import class_count, input_specs, reference_session, run_made_up
 from toolchain.onnx_file import read_onnx
-from toolchain.preprocessing import ImagePreprocessing
 from toolchain.progress import Status
 from toolchain.seeded import seeded_inputs
 from toolchain.verify import Accuracy, Fidelity, LayerError, compare, compare_layers, measure_accuracy
@@ -51,6 +52,7 @@ def verify_path(
     variant: str | None,
     eval_data: str | None,
     limit: int | None,
+    preprocessing: str | None,
     samples: int,
     dims: Mapping[str, int],
     max_nmse: float | None,
@@ -69,7 +71,14 @@ def verify_path(
     """
     if not path.exists():
         raise InvalidModel("there is no such artifact or model", where=str(path), hint="check the path")
-    preprocessing, labels, offset, precision = None, None, 0, "fp32"
+    if path.name.endswith(bundle.ENDINGS):
+        raise InvalidModel(
+            "that is a bundle, whose digests and signature are all that can be compared",
+            where=str(path),
+            hint=f"python -m runtimes verify {path}",
+        )
+    stated = None if preprocessing is None else preprocessing_of(preprocessing)
+    labels, offset, precision = None, 0, "fp32"
     model_file: Path | None = path
     graded: Path | None = None
     if path.is_dir():
@@ -78,13 +87,18 @@ def verify_path(
         chosen, _ = package.choose_variant(
             found, variant=variant, can_run=lambda target: runtimes.backend(target.runtime).can_run(target)
         )
-        model_file = path / chosen.directory / chosen.model_file if chosen.model_file else None
+        model_file = found.root / chosen.directory / chosen.model_file if chosen.model_file else None
         if against is None:
-            pruned = (found.metadata.get("prune") or {}).get("changed", False)
-            against, graded = path / (PRUNED if pruned else EXPORTED), path / EXPORTED
+            reference_file = PRUNED if was_pruned(found) else EXPORTED
+            if reference_file not in found.files:
+                raise FidelityError(
+                    "every digest is right; the model to compare outputs with stayed behind when it was bundled",
+                    where=str(path),
+                    hint=f"--against REFERENCE.onnx; or, with its signature: python -m runtimes verify {path}",
+                )
+            against, graded = found.root / reference_file, found.root / EXPORTED
         precision = chosen.precision
-        if found.metadata.get("preprocessing"):
-            preprocessing = ImagePreprocessing.from_json(found.metadata["preprocessing"])
+        stated = stated or preprocessing_of_artifact(found)
         labels, offset = found.metadata.get("labels"), found.metadata.get("label_offset", 0)
     elif against is None:
         raise FidelityError("what is it to be compared with?", where=str(path), hint="--against REFERENCE.onnx")
@@ -96,7 +110,7 @@ def verify_path(
         dataset = open_dataset(
             eval_data,
             inputs=specs,
-            preprocessing=preprocessing,
+            preprocessing=stated,
             limit=limit,
             class_names=labels,
             class_count=class_count(reference),
@@ -112,7 +126,7 @@ def verify_path(
         bound = bound_of(precision, reference) if max_nmse is None else max_nmse
         inputs = "seeded random" if dataset is None else "evaluation data"
         fidelity = compare(expected, session, feeds, bound=bound, inputs=inputs)
-        if dataset is not None:
+        if dataset is not None and dataset.labelled is not False:
             with contextlib.ExitStack() as stack:
                 if graded is not None and graded != against:
                     oracle = stack.enter_context(reference_session(read_onnx(graded)))

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import passes
-from toolchain import recipe as recipes
+from toolchain import recipe_file as recipes
 from toolchain.errors import RecipeError
-from toolchain.recipe import Recipe
+from toolchain.recipe import Recipe, from_dict
 
 
 def test_the_commented_recipe_is_the_default(tmp_path: Path) -> None:
@@ -25,9 +25,7 @@ def test_every_key_is_in_the_commented_recipe() -> None:
 
 
 def test_dump_reads_back_with_pass_options(tmp_path: Path) -> None:
-    recipe = recipes.from_dict(
-        {"model": "resnet18", "passes": ["fuse_conv_bn", {"simplify": {"timeout": 5.0}}]}, origin="test"
-    )
+    recipe = from_dict({"model": "resnet18", "passes": ["fuse_conv_bn", {"simplify": {"timeout": 5.0}}]}, origin="test")
     path = tmp_path / "recipe.yaml"
     recipes.write(recipe, path)
     assert recipes.read(path) == recipe
