@@ -32,13 +32,15 @@ from toolchain.model_cost import cost_of
 from toolchain.onnx_file import temporary_onnx
 from toolchain.prune_account import Given, PruneReport, held_back
 from toolchain.recipe import Prune
-from toolchain.reconstruct import reconstruct
+from toolchain.reconstruct import Method, reconstruct
 
 __all__ = ["Given", "PruneReport", "prune"]
 
 #: Remarks where nothing went, and nothing held it.
 ALREADY = "it is pruned like this already: nothing was cut"
 TOO_LITTLE = "so little is asked that no layer loses a channel: nothing was cut"
+#: How layers are fitted, what does most first; see ``reconstruct``.
+_RECONSTRUCTIONS: tuple[tuple[Method, str], ...] = (("least-squares", "least squares"), ("bias", "bias correction"))
 #: Layers that a remark names.
 _NAMED = 3
 
@@ -93,6 +95,11 @@ class _Counting:
         self.judge = judge
         self.evaluations = 0
 
+    @property
+    def chance(self) -> float:
+        """How much two drops may differ by chance: twice the largest standard error of a share of so many samples."""
+        return 0.0 if self.judge.metric == "nmse" else self.judge.samples**-0.5
+
     def drop(self, model: ir.Model) -> float:
         self.evaluations += 1
         with temporary_onnx(model) as path, runtimes.load(path, target="ort-cpu") as session:
@@ -126,10 +133,7 @@ def _by_pass(model: ir.Model, asked: Prune, given: Given, judge: _Counting) -> t
         if not outcome.declined:
             raise GraphError("the model has no layer with a constant float weight: there is nothing to prune")
         return model, dataclasses.replace(report, remarks=(_nothing_went(outcome.declined),))
-    lost = judge.drop(made)
-    recovery = _recovered(model, made, Cut(), asked, given)
-    drop = judge.drop(made) if recovery else lost
-    return made, dataclasses.replace(report, drop_cut=lost, drop=drop, recovery=recovery, changed=True)
+    return _told(_recovered(model, made, Cut(), asked, given, judge), report)
 
 
 def _folded(model: ir.Model, asked: Prune) -> tuple[ir.Model, tuple[str, ...]]:
@@ -180,8 +184,7 @@ def _pass(model: ir.Model, asked: Prune, given: Given) -> Pass:
 def _channels(model: ir.Model, asked: Prune, given: Given, judge: _Counting) -> tuple[ir.Model, PruneReport]:
     def lost(whole: ir.Model, made: ir.Model, cut: Cut) -> float:
         # without training: a search would train as often as it asks
-        _recovered(whole, made, cut, asked, dataclasses.replace(given, fine_tune=None))
-        return judge.drop(made)
+        return _recovered(whole, made, cut, asked, dataclasses.replace(given, fine_tune=None), judge).drop
 
     found = cut_channels(model, asked, given, lost)
     report = dataclasses.replace(
@@ -199,27 +202,59 @@ def _channels(model: ir.Model, asked: Prune, given: Given, judge: _Counting) -> 
             nothing = f"no layer loses a channel: {'; '.join(held)}"
         return model, dataclasses.replace(report, remarks=(nothing,))
     report = dataclasses.replace(report, remarks=tuple(f"held back: {each}" for each in held))
-    by_cut = judge.drop(made)
-    recovery = _recovered(found.whole, made, found.cut, asked, given)
-    drop = judge.drop(made) if recovery else by_cut
-    return made, dataclasses.replace(report, drop_cut=by_cut, drop=drop, recovery=recovery, changed=True)
+    return _told(_recovered(found.whole, made, found.cut, asked, given, judge), report)
 
 
-def _recovered(whole: ir.Model, made: ir.Model, cut: Cut, asked: Prune, given: Given) -> tuple[str, ...]:
-    """Wins accuracy back, in place, and says how."""
-    done = []
-    if asked.reconstruct:
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class _Recovered:
+    """What was won back: the model, what was done, what the cut alone loses and what is lost now, and remarks."""
+
+    model: ir.Model
+    ways: tuple[str, ...]
+    drop_cut: float
+    drop: float
+    remarks: tuple[str, ...]
+
+
+def _recovered(whole: ir.Model, made: ir.Model, cut: Cut, asked: Prune, given: Given, judge: _Counting) -> _Recovered:
+    """Wins accuracy back. Least squares on few samples fits those: each layer that it shifts shows the next one inputs
+    that are too good. What loses more than the cut alone is not kept, and the biases alone are moved, if that helps."""
+    ways, remarks = [], []
+    by_cut = drop = judge.drop(made)
+    for method, way in _RECONSTRUCTIONS if asked.reconstruct else ():
+        fitted = made.clone()
         reconstruct(
             whole,
-            made,
+            fitted,
             (batch.inputs for batch in given.calibration),
+            method=method,
             cut=cut,
             seed=given.seed,
             on_progress=lambda layer, total: given.on_status("prune: reconstructing layers", layer / total),
         )
-        done.append("least squares")
+        found = judge.drop(fitted)
+        if found <= by_cut + judge.chance:
+            made, drop = fitted, found
+            ways.append(way)
+            break
+        remarks.append(
+            f"{way} is not kept: with it {found:.3g} ({judge.judge.metric}) is lost, with the cut alone {by_cut:.3g}; "
+            "more samples help"
+        )
     if given.fine_tune is not None:
         given.on_status("prune: fine-tuning")
         given.fine_tune(whole, made)
-        done.append("fine-tuning")
-    return tuple(done)
+        drop = judge.drop(made)
+        ways.append("fine-tuning")
+    return _Recovered(made, tuple(ways), by_cut, drop, tuple(remarks))
+
+
+def _told(found: _Recovered, report: PruneReport) -> tuple[ir.Model, PruneReport]:
+    return found.model, dataclasses.replace(
+        report,
+        drop_cut=found.drop_cut,
+        drop=found.drop,
+        recovery=found.ways,
+        remarks=(*report.remarks, *found.remarks),
+        changed=True,
+    )

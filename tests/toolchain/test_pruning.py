@@ -14,6 +14,7 @@ from prune_nets import images, residual_net
 
 from passes.fuse_conv_bn import FuseConvBn
 from toolchain import benchmark as bench
+from toolchain import pruning
 from toolchain.build import build
 from toolchain.cache import Cache
 from toolchain.errors import DataError, FidelityError, GraphError, RecipeError
@@ -82,6 +83,33 @@ def test_least_squares_win_back_what_was_lost(given: Given) -> None:
         errors.append(tensor_error(whole, run_reference(made, feeds)[0]["logits"]).nmse)
         assert report.recovery == (("least squares",) if reconstruct else ())
     assert errors[1] < 0.5 * errors[0]
+
+
+def test_a_reconstruction_that_makes_it_worse_is_not_kept(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then biases alone are moved, and where that is worse too, the cut stays as it is."""
+    spoils = {"least-squares"}
+
+    def spoilt(whole: ir.Model, made: ir.Model, samples: Any, *, method: str, **options: Any) -> None:
+        assert sum(len(feeds["image"]) for feeds in samples) == 64
+        if method in spoils:
+            head = made.graph.initializers["head"]
+            assert head.const_value is not None
+            head.const_value = ir.Tensor(-head.const_value.numpy(), name="head")
+
+    monkeypatch.setattr(pruning, "reconstruct", spoilt)
+    only_cut, _ = prune(residual_net(), asked(ratio=0.25), given)
+    made, report = prune(residual_net(), asked(ratio=0.25, reconstruct=True), given)
+    assert report.recovery == ("bias correction",)
+    assert report.drop == report.drop_cut
+    assert report.remarks[0].startswith("least squares is not kept: with it")
+    spoils.add("bias")
+    made, report = prune(residual_net(), asked(ratio=0.25, reconstruct=True), given)
+    assert report.recovery == ()
+    assert len(report.remarks) == 2
+    heads = [each.graph.initializers["head"].const_value for each in (made, only_cut)]
+    assert heads[0] is not None
+    assert heads[1] is not None
+    np.testing.assert_array_equal(heads[0].numpy(), heads[1].numpy())
 
 
 def test_training_gets_both_graphs_and_what_it_made_is_judged(given: Given) -> None:
