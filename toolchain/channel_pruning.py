@@ -22,6 +22,7 @@ from passes.base import Declined, label
 from passes.prune_channels import prepared_copy, read_record, remember
 from toolchain.benchmark import Plan, Subject, compare_latency
 from toolchain.bounds import float_bound
+from toolchain.channel_taylor import taylor_importance
 from toolchain.errors import FidelityError, GraphError
 from toolchain.evaluate import Feeds, run_reference
 from toolchain.judge import compiled_folder
@@ -185,6 +186,9 @@ def _eligible(model: ir.Model, exclude: Sequence[str]) -> tuple[list[Group], tup
 
 
 def _scores(model: ir.Model, groups: Sequence[Group], asked: Prune, given: Given) -> dict[str, npt.NDArray[np.float64]]:
+    if asked.importance == "taylor":
+        given.on_status("prune: what the loss says of channels")
+        return taylor_importance(model, groups, given.calibration)
     energy = None
     if asked.importance == "activation":
         given.on_status("prune: what layers are fed")

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from passes.prune_weights import masks_of
 from toolchain import console
-from toolchain.console import Preprocessing
-from toolchain.data import Dataset, open_dataset, preprocessing_of
+from toolchain.cli_calibrate import preprocessing_of
+from toolchain.data import Dataset, open_dataset
 from toolchain.errors import GraphError, RecipeError, StorageError
 from toolchain.evaluate import class_count, input_specs
 from toolchain.masks import write_masks
@@ -59,7 +59,11 @@ def prune(
         Path | None, typer.Option(help="also write which weights are left, as .npz", show_default=False)
     ] = None,
     importance: Annotated[
-        str, typer.Option(help="l1, l2, batch-norm, activation, wanda (weights), random, or auto: by the data")
+        str,
+        typer.Option(
+            help="l1, l2, batch-norm, activation, taylor (gradients: labels, torch), wanda (weights), random, or auto: "
+            "by the data"
+        ),
     ] = "auto",
     scope: Annotated[
         str, typer.Option(help="who competes with --ratio: layer, global; for weights also channel")
@@ -73,7 +77,10 @@ def prune(
         typer.Option("--eval-data", help="labelled samples that the loss is measured on", show_default=False),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="use this many evaluation samples", show_default="all")] = None,
-    preprocessing: Preprocessing = None,
+    preprocessing: Annotated[
+        str | None,
+        typer.Option(help="for images: a zoo name whose preprocessing is right, or a .json file", show_default=False),
+    ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="a layer that stays whole; may be repeated", show_default=False)
     ] = None,

@@ -83,7 +83,7 @@ def _spelled_out(asked: Prune, given: Given) -> Prune:
         changes["reconstruct"] = given.has_calibration and asked.method != "low-rank"
     asked = asked.model_copy(update=changes)
     for key, value in (("importance", asked.importance), ("reconstruct", asked.reconstruct)):
-        if value in ("activation", "wanda", True) and not given.has_calibration:
+        if value in ("activation", "taylor", "wanda", True) and not given.has_calibration:
             raise DataError(f"{key} {value} needs samples", hint="--data FOLDER")
     return asked
 

@@ -71,7 +71,7 @@ _Share = Annotated[float, pydantic.Field(gt=0, lt=1)]
 _PRUNING: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "channels": (
         ("ratio", "target_macs", "target_latency", "max_drop"),
-        ("auto", "l1", "l2", "batch-norm", "activation", "random"),
+        ("auto", "l1", "l2", "batch-norm", "activation", "taylor", "random"),
         ("auto", "layer", "global"),
         (),
     ),
@@ -98,7 +98,7 @@ class Prune(_Section):
     max_drop: Annotated[float, pydantic.Field(ge=0)] | None = None
     pattern: Annotated[str, pydantic.Field(pattern=r"^\d{1,3}:\d{1,3}$")] | None = None
     masks: str | None = None
-    importance: Literal["auto", "l1", "l2", "batch-norm", "activation", "wanda", "random"] = "auto"
+    importance: Literal["auto", "l1", "l2", "batch-norm", "activation", "taylor", "wanda", "random"] = "auto"
     scope: Literal["auto", "layer", "channel", "global"] = "auto"
     round_to: Annotated[int, pydantic.Field(ge=1)] | None = None
     min_channels: Annotated[int, pydantic.Field(ge=1)] = 1
@@ -241,7 +241,7 @@ class Recipe(_Section):
         needs = [
             f"{key} {value}"
             for key, value in (("importance", prune.importance), ("reconstruct", prune.reconstruct))
-            if value in ("activation", "wanda", True)
+            if value in ("activation", "taylor", "wanda", True)
         ]
         if needs and data.calibration is None:
             raise InvalidInput(f"prune: {needs[0]} needs samples", hint="set data.calibration (--data)")
