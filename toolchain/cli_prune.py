@@ -11,8 +11,8 @@ from rich.text import Text
 
 from passes.prune_weights import masks_of
 from toolchain import console
-from toolchain.cli_calibrate import preprocessing_of
-from toolchain.data import Dataset, open_dataset
+from toolchain.console import Preprocessing
+from toolchain.data import Dataset, open_dataset, preprocessing_of
 from toolchain.errors import GraphError, RecipeError, StorageError
 from toolchain.evaluate import class_count, input_specs
 from toolchain.masks import write_masks
@@ -77,10 +77,7 @@ def prune(
         typer.Option("--eval-data", help="labelled samples that the loss is measured on", show_default=False),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="use this many evaluation samples", show_default="all")] = None,
-    preprocessing: Annotated[
-        str | None,
-        typer.Option(help="for images: a zoo name whose preprocessing is right, or a .json file", show_default=False),
-    ] = None,
+    preprocessing: Preprocessing = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="a layer that stays whole; may be repeated", show_default=False)
     ] = None,
