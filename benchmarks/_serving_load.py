@@ -1,0 +1,289 @@
+"""A client in a process of its own that loads a server and writes down what every request met.
+
+    python benchmarks/_serving_load.py '{"protocol": "grpc", "port": 8001, ...}' OUT.npz      (see ``Job``)
+
+Bodies are made once, and answers are compared with the expected bytes and not decoded, so the client takes little of
+the machine. Closed loop: so many requests are always under way. Open loop: arrivals of a Poisson process of a given
+rate, from a seed; whatever the server does, the next one is sent when its time has come, and latency counts from then
+(Schroeder, Wierman, Harchol-Balter, NSDI 2006; there is no coordinated omission).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import uvloop
+
+#: What a request that was answered rightly is counted as; others by their status, or these.
+OK, BROKEN, WRONG = "ok", "broken", "wrong answer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to send, and how.
+
+    Attributes:
+        protocol: ``http`` (binary tensors), ``json`` (for servers that do not take those) or ``grpc``.
+        port: on the loopback address.
+        model: its name.
+        input, shape: of the one float32 input, which is filled from a seed.
+        seconds: how long requests are sent.
+        concurrency: requests under way; in an open loop the most connections of HTTP.
+        rate: requests a second in an open loop; 0 is a closed loop.
+        warmup: seconds before that, not written down.
+        expected: the last bytes of a right answer, hex; "" takes those of the first answer.
+        timeout: seconds after which a request is given up.
+        channels: connections of gRPC.
+        models: in place of ``model``: a request in ``every`` goes to one of these, in turn.
+        path: of HTTP, with the model's name for ``{}``.
+    """
+
+    protocol: str
+    port: int
+    model: str
+    input: str
+    shape: tuple[int, ...]
+    seconds: float
+    concurrency: int = 1
+    rate: float = 0.0
+    warmup: float = 0.5
+    seed: int = 0
+    expected: str = ""
+    timeout: float = 30.0
+    channels: int = 1
+    models: tuple[str, ...] = ()
+    every: int = 0
+    path: str = "/v2/models/{}/infer"
+
+    def array(self) -> np.ndarray:
+        """The input: float32, the same for the same shape."""
+        return np.random.default_rng(7).standard_normal(self.shape, np.float32)
+
+
+class Http:
+    """Requests over keep-alive connections: as many as are under way at once."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.bodies = {model: self._body(model) for model in (job.model, *job.models)}
+        self.idle: list[_Connection] = []
+
+    def _body(self, model: str) -> bytes:
+        job, array = self.job, self.job.array()
+        spec = {"name": job.input, "datatype": "FP32", "shape": job.shape}
+        if job.protocol == "json":
+            body = json.dumps({"inputs": [{**spec, "data": array.ravel().tolist()}]}).encode()
+            return _post(job.path.format(model), {"Content-Type": "application/json"}, body)
+        raw = array.tobytes()
+        spec["parameters"] = {"binary_data_size": len(raw)}
+        head = json.dumps({"inputs": [spec], "parameters": {"binary_data_output": True}}).encode()
+        headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
+        return _post(job.path.format(model), headers, head + raw)
+
+    async def call(self, model: str) -> tuple[str, bytes]:
+        """Sends one request; its status and the body of its answer."""
+        connection = self.idle.pop() if self.idle else None
+        if connection is None:
+            loop = asyncio.get_running_loop()
+            try:
+                _, connection = await loop.create_connection(_Connection, "127.0.0.1", self.job.port)
+            except OSError:
+                return BROKEN, b""
+        done: asyncio.Future[tuple[str, bytes]] = asyncio.get_running_loop().create_future()
+        connection.begin(self.bodies[model], done)
+        try:
+            async with asyncio.timeout(self.job.timeout):
+                answer = await done
+        except TimeoutError:
+            connection.transport.abort()
+            return "timeout", b""
+        if connection.open:
+            self.idle.append(connection)
+        return answer
+
+    async def close(self) -> None:
+        for connection in self.idle:
+            connection.transport.abort()
+
+
+def _post(path: str, headers: dict[str, str], body: bytes) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*lines, *(f"{k}: {v}" for k, v in headers.items()), "", ""]).encode() + body
+
+
+class _Connection(asyncio.Protocol):
+    """One request at a time; reads the status line, the length and the body, and nothing else."""
+
+    transport: asyncio.Transport
+    done: asyncio.Future[tuple[str, bytes]] | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.open = True
+
+    def begin(self, request: bytes, done: asyncio.Future[tuple[str, bytes]]) -> None:
+        self.done, self.buffer = done, bytearray()
+        if not self.open:
+            self._finish(BROKEN)
+            return
+        self.transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        if self.done is None:  # nobody asked: a server that closes may say so first
+            return
+        self.buffer += data
+        end = self.buffer.find(b"\r\n\r\n")
+        if end < 0:
+            return
+        head = self.buffer[:end].lower()
+        at = head.find(b"content-length:")
+        if at < 0:  # no server here answers in chunks
+            self.transport.abort()
+            self._finish(BROKEN)
+            return
+        length = int(head[at + 15 :].split(b"\r\n", 1)[0])
+        if len(self.buffer) < end + 4 + length:
+            return
+        if b"connection: close" in head:
+            self.open = False
+            self.transport.close()
+        status = head[9:12].decode()
+        self._finish(OK if status == "200" else status, bytes(self.buffer[end + 4 :]))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.open = False
+        self._finish(BROKEN)
+
+    def _finish(self, status: str, body: bytes = b"") -> None:
+        done, self.done = self.done, None
+        if done is not None and not done.done():
+            done.set_result((status, body))
+
+
+class Grpc:
+    """Requests over grpc.aio, as bytes both ways."""
+
+    def __init__(self, job: Job) -> None:
+        import grpc
+        from tritonclient.grpc import service_pb2 as pb
+
+        self.job = job
+        self.errors = grpc.aio.AioRpcError
+        self.bodies: dict[str, bytes] = {}
+        array = job.array()
+        for model in (job.model, *job.models):
+            request = pb.ModelInferRequest(model_name=model)
+            request.inputs.add(name=job.input, datatype="FP32", shape=job.shape)
+            request.raw_input_contents.append(array.tobytes())
+            self.bodies[model] = request.SerializeToString()
+        unlimited = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+        self.channels = [
+            grpc.aio.insecure_channel(f"127.0.0.1:{job.port}", options=unlimited) for _ in range(job.channels)
+        ]
+        self.methods = [channel.unary_unary("/inference.GRPCInferenceService/ModelInfer") for channel in self.channels]
+        self.turn = 0
+
+    async def call(self, model: str) -> tuple[str, bytes]:
+        """Sends one request; its status and its answer."""
+        self.turn += 1
+        try:
+            return OK, await self.methods[self.turn % len(self.methods)](self.bodies[model], timeout=self.job.timeout)
+        except self.errors as error:
+            code = error.code().name
+            if code == "UNAVAILABLE" and any(
+                word in (error.details() or "")
+                for word in ("ocket closed", "onnection reset", "failed to connect", "GOAWAY")
+            ):
+                return BROKEN, b""
+            return code, b""
+
+    async def close(self) -> None:
+        for channel in self.channels:
+            await channel.close()
+
+
+class Log:
+    """When each request should have been sent, how long it took from then, and how it ended."""
+
+    def __init__(self) -> None:
+        self.names = [OK]
+        self.rows: list[tuple[int, int, int, int]] = []
+
+    def add(self, intended: int, late: int, status: str) -> None:
+        if status not in self.names:
+            self.names.append(status)
+        self.rows.append((intended, time.monotonic_ns() - intended, self.names.index(status), late))
+
+
+async def run(job: Job) -> Log:
+    """Does what the job says."""
+    client = Grpc(job) if job.protocol == "grpc" else Http(job)
+    log = Log()
+    expected = bytes.fromhex(job.expected)
+    if not expected:
+        status, body = await client.call(job.model)
+        if status != OK:
+            raise SystemExit(f"the first request ended with {status}")
+        expected = body[-64:]
+    sent = 0
+
+    async def one(intended: int, into: Log | None) -> None:
+        nonlocal sent
+        sent += 1
+        other = job.every and sent % job.every == 0
+        model = job.models[sent // job.every % len(job.models)] if other else job.model
+        late = time.monotonic_ns() - intended
+        status, body = await client.call(model)
+        if status == OK and not other and not body.endswith(expected):
+            status = WRONG
+        if into is not None:
+            into.add(intended, late, status)
+
+    async def closed(seconds: float, into: Log | None) -> None:
+        end = time.monotonic_ns() + int(seconds * 1e9)
+
+        async def worker() -> None:
+            while (now := time.monotonic_ns()) < end:
+                await one(now, into)
+
+        await asyncio.gather(*(worker() for _ in range(job.concurrency)))
+
+    async def opened(seconds: float, into: Log | None) -> None:
+        rng = np.random.default_rng(job.seed)
+        gaps = rng.exponential(1e9 / job.rate, int(job.rate * seconds * 1.2) + 20)
+        times = np.cumsum(gaps)
+        start = time.monotonic_ns()
+        tasks: set[asyncio.Task[None]] = set()
+        for at in times[times < seconds * 1e9].astype(np.int64).tolist():
+            wait = start + at - time.monotonic_ns()
+            if wait > 0:
+                await asyncio.sleep(wait * 1e-9)
+            task = asyncio.create_task(one(start + at, into))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        await asyncio.gather(*tasks)
+
+    loop = opened if job.rate else closed
+    if job.warmup:
+        await loop(job.warmup, None)
+    await loop(job.seconds, log)
+    await client.close()
+    return log
+
+
+def main() -> None:
+    said = json.loads(sys.argv[1])
+    job = Job(**{**said, "shape": tuple(said["shape"]), "models": tuple(said.get("models", ()))})
+    log = uvloop.run(run(job))
+    rows = np.array(log.rows, np.int64).reshape(-1, 4)
+    np.savez(sys.argv[2], rows=rows, names=np.array(log.names))
+
+
+if __name__ == "__main__":
+    main()
