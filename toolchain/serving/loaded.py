@@ -1,0 +1,140 @@
+"""One version of a model in memory: its session, its queue, and the way of a request through cache and queue."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+import uuid
+from collections.abc import Mapping
+
+import numpy as np
+
+from runtimes import Session
+from toolchain.serving.adaptive import Controller
+from toolchain.serving.base import ModelInfo, Request, Response
+from toolchain.serving.batcher import Batcher
+from toolchain.serving.independence import why_rows_depend
+from toolchain.serving.options import ModelOptions
+from toolchain.serving.result_cache import ResultCache
+from toolchain.serving.statistics import Statistics
+
+
+class Loaded:
+    """A version that answers. All of it is used on the event loop's thread.
+
+    Args:
+        info: the version; ``max_batch_size`` bounds its batches.
+        session: runs it; ``close`` closes it.
+        options: how it is served.
+        statistics: counts what happens.
+        executor: has the threads that it runs in, at least ``options.batching.instances``.
+        controller: adapts batches to what is measured; None makes one without an SLO.
+        cache: keeps answers, unless the options say not to; None keeps none.
+
+    Raises:
+        InvalidInput: ``batching.padding`` does not fit the model.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        session: Session,
+        options: ModelOptions,
+        *,
+        statistics: Statistics,
+        executor: concurrent.futures.Executor,
+        controller: Controller | None = None,
+        cache: ResultCache | None = None,
+    ) -> None:
+        self.info = info
+        self.session = session
+        self.statistics = statistics
+        #: why its requests are not put together though it has a batch axis; None where they are
+        self.apart: str | None = None
+        self._executor = executor
+        self._controller = controller or Controller(options.batching, max_batch_size=info.max_batch_size)
+        self._batcher = Batcher(
+            info,
+            session,
+            options.batching,
+            statistics=statistics,
+            executor=executor,
+            controller=self._controller,
+        )
+        strings = any(spec.dtype == "string" for spec in info.inputs + info.outputs)
+        self._cache = cache if options.result_cache and not strings else None
+        # A bare ONNX file has no digest: what is kept of it is for this load alone.
+        self._artifact = info.digest or uuid.uuid4().hex
+
+    @property
+    def pending(self) -> int:
+        """Requests that wait or run."""
+        return self._batcher.pending
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or runs."""
+        return self._batcher.pending > 0
+
+    @property
+    def batch_limit(self) -> int:
+        """Rows that a batch may have now: what the options say, unless memory is short."""
+        return 1 if self.apart else self._controller.cap
+
+    async def infer(self, request: Request) -> Response:
+        """Answers a request that was checked against ``info``.
+
+        Raises:
+            ServingError: as ``Batcher.infer``.
+        """
+        if self._cache is None:
+            return await self._batcher.infer(request)
+        return await self._through_cache(self._cache, request)
+
+    async def warm_up(self, feeds: Mapping[str, np.ndarray]) -> None:
+        """Runs inputs before anybody else does, and finds out whether requests may be put together.
+
+        Where the model turns out to mix rows, they are not, and ``apart`` says why. Nothing is counted.
+
+        Args:
+            feeds: plausible inputs, such as a self-test vector.
+
+        Raises:
+            Error: of the runtime, where it does not run them.
+        """
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._executor, self.session.run, feeds)
+        if self.info.max_batch_size > 1:
+            self.apart = await loop.run_in_executor(self._executor, why_rows_depend, self.session, self.info, feeds)
+            if self.apart:
+                self._batcher.separate()
+
+    def shrink(self, share: float) -> None:
+        """Memory is short: cuts the largest batch to a share of what it is now, to one row at least."""
+        self._controller.shrink(share)
+
+    def grow(self) -> None:
+        """Memory is there again: doubles the largest batch, up to what the options say."""
+        self._controller.grow()
+
+    async def drain(self) -> None:
+        """Returns when nothing waits or runs."""
+        await self._batcher.drained()
+
+    def close(self) -> None:
+        """Frees the session. Whoever still waits is told Unavailable; what runs is answered."""
+        self._batcher.close()
+        self.session.close()
+
+    async def _through_cache(self, cache: ResultCache, request: Request) -> Response:
+        began = time.monotonic_ns()
+        key = await cache.key(request, version=self.info.version, artifact=self._artifact)
+        looked = time.monotonic_ns() - began
+        outputs, cached = await cache.answer(key, request, self._batcher.infer)
+        if cached:
+            total = time.monotonic_ns() - (request.received_ns or began)
+            self.statistics.answered_from_cache(total_ns=total, lookup_ns=looked)
+        else:
+            self.statistics.cache_miss.add(looked)
+        return Response(self.info.name, self.info.version, outputs, request.id, cached)
