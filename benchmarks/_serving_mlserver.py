@@ -2,7 +2,8 @@
 
     MLSERVER_ENVIRONMENT/bin/python benchmarks/_serving_mlserver.py MODEL.onnx HTTP_PORT GRPC_PORT
 
-Without its pool of processes, its metrics, compression and a log line a request, which cost time. The model takes ``x`` and answers ``y``.
+Without its pool of processes, its metrics, compression and a log line a request, which cost time. The model takes ``x``
+and answers ``y``.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import logging
 import os
 import sys
 
+from _serving_bare import open_session
 from mlserver import MLModel, MLServer, ModelSettings, Settings
 from mlserver.codecs import NumpyCodec
 from mlserver.types import InferenceRequest, InferenceResponse
-from _serving_bare import open_session
 
 
 class Model(MLModel):

@@ -11,10 +11,10 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+from _serving_bare import open_session
 from pytriton.decorators import batch
 from pytriton.model_config import ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
-from _serving_bare import open_session
 
 
 def main() -> None:

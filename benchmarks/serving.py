@@ -4,9 +4,9 @@
     python benchmarks/serving.py batching --artifact artifacts/efficientnet_lite0 [--slo-p99-ms 100]
 
 All servers run at the same time on the loopback address and are loaded by the same client in turn, so what the machine
-does besides falls on all. ``overhead`` serves a model of one node. ``batching`` compares with ``Session.run`` of the same
-artifact at its best batch size, measured in the same rounds, with nobody else at work; the server shares the processor
-with its client. Peers that are not named are left out.
+does besides falls on all. ``overhead`` serves a model of one node. ``batching`` compares with ``Session.run`` of the
+same artifact at its best batch size, measured in the same rounds, with nobody else at work; the server shares the
+processor with its client. Peers that are not named are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _serving_servers import ROOT, Job, Load, Server, bare, load, ours, peer, percentile_ms
+from _serving_servers import ROOT, Job, Load, bare, load, ours, peer, percentile_ms
 
 sys.path.insert(0, str(ROOT))
 
