@@ -259,8 +259,8 @@ def test_a_build_prunes_recovers_calibrates_and_quantises(tmp_path: Path, monkey
     apart = tensor_error(run_reference(exported, feeds)[0]["logits"], run_reference(pruned, feeds)[0]["logits"]).nmse
     assert apart > 2 * variant.fidelity.worst[1].nmse
     options: dict[str, Any] = {
-        "variant": None, "eval_data": None, "limit": None, "samples": 2, "dims": {}, "max_nmse": None, "layers": False,
-        "seed": 0, "on_status": lambda text, share=None: None,
+        "variant": None, "eval_data": None, "limit": None, "preprocessing": None, "samples": 2, "dims": {},
+        "max_nmse": None, "layers": False, "seed": 0, "on_status": lambda text, share=None: None,
     }  # fmt: skip
     found = verify_path(built.path, against=None, **options)
     assert found.reference.endswith("pruned/model.onnx")
