@@ -200,6 +200,8 @@ def peer(name: str, python: str, model: Path, job: Job) -> contextlib.AbstractCo
 
 __all__ = [
     "BROKEN",
+    "OK",
+    "ROOT",
     "ClientFailed",
     "Job",
     "Load",
