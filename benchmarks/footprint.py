@@ -6,6 +6,9 @@ Nothing is installed and next to nothing downloaded. pip resolves each set of re
 would get it from PyPI, whatever is configured on this machine; the size of a download is what the server says, and the
 installed size is the sum over the list of contents at the end of each wheel, which is fetched by itself. Bytecode that
 pip writes on top is not counted, for nobody. Our own wheel is built.
+
+What PyPI has of torch for Linux is built for CUDA and brings gigabytes; who takes a CPU build from elsewhere has less.
+So the last size is that without torch and all that it brings for GPUs: less than anybody can have.
 """
 
 from __future__ import annotations
@@ -36,16 +39,19 @@ SETS = {
     "optimum": ("optimum[onnxruntime]", ["optimum[onnxruntime]"]),
     "olive": ("olive-ai onnxruntime", ["olive-ai", "onnxruntime"]),
 }
+#: How the names of torch and of the packages begin that it brings for GPUs.
+OF_TORCH = ("torch ", "triton ", "nvidia-", "cuda-")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Footprint:
-    """What one set of requirements brings; sizes in bytes."""
+    """What one set of requirements brings; sizes in bytes. ``without_torch`` is of what is installed."""
 
     name: str
     packages: tuple[str, ...]
     download: int
     installed: int
+    without_torch: int
     largest: tuple[tuple[str, int], ...]
 
 
@@ -144,6 +150,7 @@ def measure(name: str, requirements: list[str], wheel: Path, python: str) -> Foo
         tuple(sorted(package for package, _, _ in rows)),
         sum(size for _, size, _ in rows),
         sum(unpacked for _, _, unpacked in rows),
+        sum(unpacked for package, _, unpacked in rows if not package.startswith(OF_TORCH)),
         tuple(largest[:3]),
     )
 
@@ -159,12 +166,13 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory() as scratch:
         wheel = own_wheel(Path(scratch))
-        print(f"{'what':32} {'packages':>8} {'download MB':>12} {'installed MB':>13}  largest, installed")
+        sizes = f"{'download MB':>12} {'installed MB':>13} {'without torch':>14}"
+        print(f"{'what':32} {'packages':>8} {sizes}  largest, installed")
         rows = []
         for key in keys:
             row = measure(SETS[key][0], SETS[key][1], wheel, options.python)
             largest = ", ".join(f"{package.split()[0]} {size / 1e6:.0f}" for package, size in row.largest)
-            sizes = f"{row.download / 1e6:12.1f} {row.installed / 1e6:13.1f}"
+            sizes = f"{row.download / 1e6:12.1f} {row.installed / 1e6:13.1f} {row.without_torch / 1e6:14.1f}"
             print(f"{row.name:32} {len(row.packages):8} {sizes}  {largest}", flush=True)
             rows.append(dataclasses.asdict(row))
     line = json.dumps({"benchmark": "footprint", "python": options.python, "machine": platform.machine(), "rows": rows})

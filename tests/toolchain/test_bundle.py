@@ -226,6 +226,32 @@ def test_an_artifact_without_self_test_is_refused(artifact: Path, tmp_path: Path
         made(root, tmp_path / "a.tar")
 
 
+def test_what_came_out_of_a_bundle_is_not_bundled_again(artifact: Path, tmp_path: Path) -> None:
+    made(artifact, tmp_path / "a.tar")
+    installing.install(tmp_path / "a.tar", tmp_path / "root")
+    with pytest.raises(runtimes.InvalidArtifact, match="came out of a bundle"):
+        made(tmp_path / "root", tmp_path / "b.tar", platform="android")
+    with pytest.raises(runtimes.InvalidArtifact, match="that is a file, and an artifact is a folder"):
+        made(tmp_path / "a.tar", tmp_path / "b.tar")
+    with pytest.raises(runtimes.InvalidArtifact, match="no such folder"):
+        made(tmp_path / "nothere", tmp_path / "b.tar")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "root"]
+
+
+def test_toolchain_verify_takes_what_is_installed_as_far_as_it_goes(artifact: Path, tmp_path: Path) -> None:
+    made(artifact, tmp_path / "a.tar")
+    installing.install(tmp_path / "a.tar", tmp_path / "root")
+    said = toolchain("verify", tmp_path / "root", check=2).stderr
+    assert "every digest is right" in said
+    assert f"python -m runtimes verify {tmp_path / 'root'}" in said
+    assert "python -m runtimes verify" in toolchain("verify", tmp_path / "a.tar", check=2).stderr
+    against = ("--against", artifact / EXPORTED, "--layers")
+    assert "output" in toolchain("verify", tmp_path / "root", *against).stdout
+    model = tmp_path / "root" / "1" / "ort-cpu-fp32" / "model.onnx"
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    assert "not the file that was built" in toolchain("verify", tmp_path / "root", check=2).stderr
+
+
 def test_wrong_usage(artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(runtimes.InvalidInput, match="no platform 'mars'"):
         made(artifact, tmp_path / "a.tar", platform="mars")
