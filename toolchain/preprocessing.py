@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
 
 import numpy as np
 
@@ -139,29 +139,41 @@ def missing_pillow(error: ImportError) -> DataError:
     return DataError(f"images need Pillow: {error}", hint="pip install 'onnx-toolchain[images]'")
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(
+    source: Path | BinaryIO, *, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
+) -> Image.Image:
     """Decodes an image file whole, upright (its EXIF orientation applied), in RGB.
+
+    Args:
+        source: the file, by its path or open.
+        formats: those of Pillow's names that may be decoded, such as "JPEG"; None: all.
+        max_pixels: width times height that may be decoded; None leaves it at what Pillow finds absurd.
 
     Raises:
         DataError: the file is not an image, is truncated, or claims absurd dimensions; Pillow is missing.
     """
+    where = str(source) if isinstance(source, Path) else None
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise missing_pillow(error) from error
     try:
-        with Image.open(path) as image:
+        with Image.open(source, formats=formats) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise DataError(
+                    f"image refused: {image.width}x{image.height} pixels, more than {max_pixels}", hint="scale it down"
+                )
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
-        raise DataError("not an image that Pillow knows", where=str(path), hint="remove or replace it") from error
+        raise DataError("not an image that Pillow knows", where=where, hint="remove or replace it") from error
     except Image.DecompressionBombError as error:
-        raise DataError(f"image refused: {error}", where=str(path), hint="scale it down") from error
+        raise DataError(f"image refused: {error}", where=where, hint="scale it down") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         # Pillow's decoders raise any of these on damaged files (SyntaxError is its word for a broken PNG).
-        raise DataError(f"unreadable image: {error}", where=str(path), hint="remove or replace it") from error
+        raise DataError(f"unreadable image: {error}", where=where, hint="remove or replace it") from error
     except DataError as error:
-        raise DataError(error.what, where=str(path), hint=error.hint) from error
+        raise DataError(error.what, where=where, hint=error.hint) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

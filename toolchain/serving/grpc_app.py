@@ -1,0 +1,210 @@
+"""The gRPC side: inference.GRPCInferenceService, with the messages that tritonclient carries.
+
+A second copy of the protocol's messages in one process would end it (``duplicate symbol``), so there is none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf import json_format, message_factory
+from tritonclient.grpc import service_pb2
+
+from toolchain.serving import describe, grpc_codec, model_config, wire
+from toolchain.serving.base import Hosted, ServingError, Unsupported
+from toolchain.serving.options import ServerOptions
+
+if TYPE_CHECKING:
+    from toolchain.serving.auth import Auth
+
+_log = logging.getLogger("toolchain.serving")
+_SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+#: Requests of one stream that are handled at once; more wait in the connection, whose flow control tells the client.
+_STREAM_WINDOW = 256
+_WHY_NOT = {
+    "RepositoryModelLoad": "models are loaded on the admin port, not here",
+    "RepositoryModelUnload": "models are unloaded on the admin port, not here",
+}
+
+
+def make_servicer(served: Hosted, *, options: ServerOptions, auth: Auth | None = None) -> Servicer:
+    """What answers gRPC; ``add_to`` puts it into a server.
+
+    Args:
+        served: the models.
+        options: limits on sizes; the rest of them is not looked at.
+        auth: asked for every call that names a model or lists them; None lets everyone in.
+    """
+    return Servicer(served, options, auth)
+
+
+class Servicer:
+    """The calls of the service. Those that are not here are answered with UNIMPLEMENTED and why."""
+
+    def __init__(self, served: Hosted, options: ServerOptions, auth: Auth | None) -> None:
+        self._served = served
+        self._auth = auth
+        self._cached = options.result_cache.max_bytes > 0
+        self._decoder = grpc_codec.Decoder(max_bytes=options.max_request_bytes)
+        self._encoder = grpc_codec.Encoder()
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers every call of the service."""
+        handlers: dict[str, grpc.RpcMethodHandler] = {
+            # These two take and give bytes: see grpc_codec.py.
+            "ModelInfer": grpc.unary_unary_rpc_method_handler(self._infer),
+            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._stream),
+        }
+        answers: dict[str, Callable[[Any, str | None], Any]] = {
+            "ServerLive": self._server_live,
+            "ServerReady": self._server_ready,
+            "ModelReady": self._model_ready,
+            "ServerMetadata": self._server_metadata,
+            "ModelMetadata": self._model_metadata,
+            "ModelConfig": self._model_config,
+            "ModelStatistics": self._model_statistics,
+            "RepositoryIndex": self._repository_index,
+        }
+        for method in _SERVICE.methods:
+            if method.name not in handlers:
+                handlers[method.name] = grpc.unary_unary_rpc_method_handler(
+                    self._call(answers.get(method.name) or _unsupported(method.name)),
+                    request_deserializer=message_factory.GetMessageClass(method.input_type).FromString,
+                    response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+                )
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))
+
+    async def _infer(self, message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+        received_ns = time.monotonic_ns()
+        try:
+            return await self._answer(grpc_codec.split(message), self._token(context), received_ns, _deadline(context))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client is answered; _tell logs what is not its fault
+            _tell(context, error)
+            return b""
+
+    async def _answer(
+        self, message: grpc_codec.Message, token: str | None, received_ns: int, deadline_ns: int | None
+    ) -> bytes:
+        if self._auth is not None:
+            self._auth.check(message.model, token)
+        info = self._served.info(message.model, message.version)
+        request = self._decoder.read(message, info, received_ns=received_ns, deadline_ns=deadline_ns)
+        return self._encoder.write(await self._served.infer(request))
+
+    async def _stream(
+        self, messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[bytes]:
+        """Handles the requests of a stream at once, and answers them in their order."""
+        token, deadline_ns = self._token(context), _deadline(context)
+        answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(_STREAM_WINDOW)
+
+        async def read() -> None:
+            try:
+                async for message in messages:
+                    work = self._stream_one(message, token, time.monotonic_ns(), deadline_ns)
+                    await answers.put(asyncio.create_task(work))
+            finally:
+                await answers.put(None)
+
+        reader = asyncio.create_task(read())
+        try:
+            while (answer := await answers.get()) is not None:
+                yield await answer
+            await reader
+        finally:
+            reader.cancel()
+            while not answers.empty():
+                left = answers.get_nowait()
+                if left is not None:
+                    left.cancel()
+
+    async def _stream_one(self, message: bytes, token: str | None, received_ns: int, deadline_ns: int | None) -> bytes:
+        identifier = ""
+        try:
+            parts = grpc_codec.split(message)
+            identifier = parts.id
+            return grpc_codec.stream_answer(await self._answer(parts, token, received_ns, deadline_ns))
+        except Exception as error:  # noqa: BLE001 - one request's failure is told in its answer; the stream goes on
+            return grpc_codec.stream_error(_explained(error)[1], identifier)
+
+    def _call(self, answer: Callable[[Any, str | None], Any]) -> Callable[..., Awaitable[Any]]:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                return answer(request, self._token(context))
+            except Exception as error:  # noqa: BLE001 - as in _infer
+                await context.abort(*_explained(error))
+
+        return call
+
+    def _token(self, context: grpc.aio.ServicerContext[Any, Any]) -> str | None:
+        if self._auth is None:
+            return None
+        value = next((value for key, value in context.invocation_metadata() or () if key == "authorization"), None)
+        return value.decode("latin-1") if isinstance(value, bytes) else value
+
+    def _allow(self, model: str | None, token: str | None) -> None:
+        if self._auth is not None:
+            self._auth.check(model, token)
+
+    def _server_live(self, _: Any, token: str | None) -> Any:
+        return service_pb2.ServerLiveResponse(live=True)
+
+    def _server_ready(self, _: Any, token: str | None) -> Any:
+        return service_pb2.ServerReadyResponse(ready=self._served.is_ready())
+
+    def _model_ready(self, request: Any, token: str | None) -> Any:
+        self._allow(request.name, token)
+        return service_pb2.ModelReadyResponse(ready=self._served.is_ready(request.name, request.version))
+
+    def _server_metadata(self, _: Any, token: str | None) -> Any:
+        return service_pb2.ServerMetadataResponse(**describe.server())
+
+    def _model_metadata(self, request: Any, token: str | None) -> Any:
+        self._allow(request.name, token)
+        return service_pb2.ModelMetadataResponse(**describe.model(self._served, request.name, request.version))
+
+    def _model_config(self, request: Any, token: str | None) -> Any:
+        self._allow(request.name, token)
+        info = self._served.info(request.name, request.version)
+        config = model_config.as_message(info, self._served.model_options(request.name), cached=self._cached)
+        return service_pb2.ModelConfigResponse(config=config)
+
+    def _model_statistics(self, request: Any, token: str | None) -> Any:
+        self._allow(request.name or None, token)
+        counts = describe.statistics(self._served, request.name, request.version)
+        return json_format.ParseDict({"model_stats": counts}, service_pb2.ModelStatisticsResponse())
+
+    def _repository_index(self, request: Any, token: str | None) -> Any:
+        self._allow(None, token)
+        entries = describe.index(self._served, ready=request.ready)
+        return json_format.ParseDict({"models": entries}, service_pb2.RepositoryIndexResponse())
+
+
+def _unsupported(method: str) -> Callable[[Any, str | None], Any]:
+    def answer(_: Any, token: str | None) -> Any:
+        raise Unsupported(_WHY_NOT.get(method, f"{method} is not served"))
+
+    return answer
+
+
+def _deadline(context: grpc.aio.ServicerContext[Any, Any]) -> int | None:
+    seconds = context.time_remaining()
+    return None if seconds is None else time.monotonic_ns() + int(seconds * 1e9)
+
+
+def _tell(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+    status, text = _explained(error)
+    context.set_code(status)
+    context.set_details(text)
+
+
+def _explained(error: Exception) -> tuple[grpc.StatusCode, str]:
+    if isinstance(error, ServingError):
+        return grpc.StatusCode[error.grpc], wire.message(error)
+    _log.error("a request failed in the server", exc_info=error)
+    return grpc.StatusCode.INTERNAL, "the server failed; its log says how"

@@ -1,0 +1,258 @@
+"""The HTTP side: Open Inference Protocol v2 over REST, and what predict.py has for people without a client.
+
+FastAPI routes and documents everything. Inference itself is answered before its router is asked, straight on ASGI: what
+a request of a small model costs is mostly what lies between the socket and the model.
+
+Errors are ``{"error": "..."}`` with the status of their class in ``base``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import fastapi
+import fastapi.exceptions
+import pydantic
+import starlette.exceptions
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from toolchain.serving import describe, http_body, model_config, oip_json, predict, wire
+from toolchain.serving.base import (
+    Hosted,
+    InvalidRequest,
+    NotFound,
+    ServingError,
+    Unauthenticated,
+    Unavailable,
+)
+from toolchain.serving.options import ServerOptions
+
+if TYPE_CHECKING:
+    from toolchain.serving.auth import Auth
+
+_log = logging.getLogger("toolchain.serving")
+_JSON = b"application/json"
+
+
+class Problem(pydantic.BaseModel):
+    """What every error says."""
+
+    error: str
+
+
+class _IndexRequest(pydantic.BaseModel):
+    ready: bool = False
+
+
+class _App(fastapi.FastAPI):
+    """FastAPI, with inference before its router."""
+
+    infer: _Infer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith("/infer"):
+            match scope["path"].split("/"):
+                case ["", "v2", "models", model, "infer"]:
+                    return await self.infer(scope, receive, send, model, "")
+                case ["", "v2", "models", model, "versions", version, "infer"]:
+                    return await self.infer(scope, receive, send, model, version)
+        await super().__call__(scope, receive, send)
+
+
+class _Infer:
+    """The route of inference, as plain ASGI."""
+
+    def __init__(self, served: Hosted, options: ServerOptions, auth: Auth | None) -> None:
+        self._served = served
+        self._max_bytes = options.max_request_bytes
+        self._decoder = oip_json.Decoder(max_bytes=options.max_request_bytes)
+        self._auth = auth
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send, model: str, version: str) -> None:
+        received_ns = time.monotonic_ns()
+        headers = dict(scope["headers"])
+        try:
+            if self._auth is not None:
+                self._auth.check(model, _text(headers.get(b"authorization")))
+            info = self._served.info(model, version)
+            body = await http_body.read(receive, headers, max_bytes=self._max_bytes)
+            size = headers.get(b"inference-header-content-length")
+            request, binary = self._decoder.read(
+                body, None if size is None else _header_size(size), info, version=version, received_ns=received_ns
+            )
+            parts, header_size = oip_json.write(await self._served.infer(request), binary)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client is answered; _explained logs it
+            await _send_error(send, error)
+            return
+        answer = b"".join(parts)
+        head = [(b"content-type", _JSON if header_size is None else b"application/octet-stream")]
+        if header_size is not None:
+            head.append((b"inference-header-content-length", b"%d" % header_size))
+        if b"accept-encoding" in headers:
+            answer, encoding = await http_body.compressed(answer, headers[b"accept-encoding"])
+            if encoding is not None:
+                head += ((b"content-encoding", encoding), (b"vary", b"accept-encoding"))
+        head.append((b"content-length", b"%d" % len(answer)))
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": answer})
+
+
+def make_app(served: Hosted, *, options: ServerOptions, auth: Auth | None = None) -> fastapi.FastAPI:
+    """The application that answers HTTP.
+
+    Args:
+        served: the models.
+        options: limits on sizes; the rest of them is not looked at.
+        auth: asked for every route that names a model or lists them; None lets everyone in.
+    """
+    app = _App(
+        title=describe.NAME,
+        version=describe.server()["version"],
+        summary="Open Inference Protocol v2, and predictions for people without a client.",
+        responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
+    )
+    app.infer = _Infer(served, options, auth)
+    app.include_router(_health(served))
+    app.include_router(_models(served, options, auth))
+    app.include_router(predict.router(served, options=options, auth=auth))
+    app.add_exception_handler(ServingError, _answer_error)
+    app.add_exception_handler(Exception, _answer_error)
+    app.add_exception_handler(fastapi.exceptions.RequestValidationError, _answer_error)
+    app.add_exception_handler(starlette.exceptions.HTTPException, _answer_error)
+    return app
+
+
+def _health(served: Hosted) -> fastapi.APIRouter:
+    router = fastapi.APIRouter(tags=["Health"])
+
+    @router.get("/v2/health/live", summary="Whether the server runs")
+    async def live() -> Response:
+        return Response()
+
+    @router.get("/v2/health/ready", summary="Whether anything can be served")
+    async def ready() -> Response:
+        return Response(status_code=200 if served.is_ready() else 503)
+
+    @router.get("/v2", summary="Name, version and extensions of the server")
+    async def metadata() -> Response:
+        return _json(describe.server())
+
+    return router
+
+
+def _models(served: Hosted, options: ServerOptions, auth: Auth | None) -> fastapi.APIRouter:
+    def allowed(request: fastapi.Request) -> None:
+        if auth is not None:
+            auth.check(request.path_params.get("model"), request.headers.get("authorization"))
+
+    cached = options.result_cache.max_bytes > 0
+    router = fastapi.APIRouter(tags=["Models"], dependencies=[fastapi.Depends(allowed)])
+
+    # Before the routes of one model: a model called "stats" has its own under its versions.
+    @router.get("/v2/models/stats", summary="Counts and times of all models")
+    async def all_statistics() -> Response:
+        return _json({"model_stats": describe.statistics(served)})
+
+    @router.post("/v2/repository/index", summary="All versions of all models, with their state")
+    async def index(wanted: Annotated[_IndexRequest | None, fastapi.Body()] = None) -> Response:
+        return _json(describe.index(served, ready=wanted is not None and wanted.ready))
+
+    for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+
+        @router.get(path, summary="Inputs, outputs and versions of a model")
+        async def metadata(model: str, version: str = "") -> Response:
+            return _json(describe.model(served, model, version))
+
+        @router.get(path + "/ready", summary="Whether a model can answer")
+        async def ready(model: str, version: str = "") -> Response:
+            return Response(status_code=200 if served.is_ready(model, version) else 503)
+
+        @router.get(path + "/config", summary="How a model is served, as Triton has it")
+        async def config(model: str, version: str = "") -> Response:
+            info = served.info(model, version)
+            return _json(model_config.as_json(info, served.model_options(model), cached=cached))
+
+        @router.get(path + "/stats", summary="Counts and times of a model")
+        async def statistics(model: str, version: str = "") -> Response:
+            return _json({"model_stats": describe.statistics(served, model, version)})
+
+        # Only for the page at /docs: _App answers before the router is asked.
+        @router.post(path + "/infer", summary="Runs a model", openapi_extra=_INFER_DOCUMENTATION)
+        async def infer(model: str, version: str = "") -> Response:
+            raise NotFound(f"no model is called {model!r}")
+
+    return router
+
+
+def _header_size(value: bytes) -> int:
+    # Nineteen digits are more than any body has; int() alone takes signs, spaces and underscores.
+    if not value.isdigit() or len(value) > 19:
+        raise InvalidRequest(f"Inference-Header-Content-Length is {_text(value)!r}", hint="it is a number of bytes")
+    return int(value)
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1")
+
+
+def _json(values: Any) -> Response:
+    return Response(oip_json.dump_json(values), media_type="application/json")
+
+
+def _explained(error: Exception) -> tuple[int, bytes, Mapping[str, str]]:
+    """Status, body and headers that tell of an error."""
+    headers: dict[str, str] = {}
+    if isinstance(error, ServingError):
+        status, text = error.http, wire.message(error)
+        if isinstance(error, Unauthenticated):
+            headers["www-authenticate"] = "Bearer"
+        elif status in (429, Unavailable.http):
+            headers["retry-after"] = "1"
+    elif isinstance(error, fastapi.exceptions.RequestValidationError):
+        first = error.errors()[0]
+        status, text = 400, f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    elif isinstance(error, starlette.exceptions.HTTPException):
+        status, text = error.status_code, str(error.detail)
+        headers.update(error.headers or {})
+    else:
+        _log.error("a request failed in the server", exc_info=error)
+        status, text = 500, "the server failed; its log says how"
+    return status, oip_json.dump_json({"error": text}), headers
+
+
+async def _answer_error(_: fastapi.Request, error: Exception) -> Response:
+    status, body, headers = _explained(error)
+    return Response(body, status, dict(headers), "application/json")
+
+
+async def _send_error(send: Send, error: Exception) -> None:
+    status, body, headers = _explained(error)
+    head = [(b"content-type", _JSON), (b"content-length", b"%d" % len(body))]
+    head += [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})
+
+
+_INFER_DOCUMENTATION: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": (
+            "The inputs, as JSON or, with `Inference-Header-Content-Length`, as JSON and raw little-endian data after "
+            "it: Triton's binary tensor data extension."
+        ),
+        "content": {
+            "application/json": {
+                "schema": {"type": "object"},
+                "example": {
+                    "id": "1",
+                    "inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1.0, 2.0, 3.0, 4.0]}],
+                    "outputs": [{"name": "y"}],
+                },
+            }
+        },
+    }
+}
