@@ -103,7 +103,7 @@ class Controller:
     Args:
         batching: its options; those that bound are kept: no batch is larger and no wait longer than they say.
         max_batch_size: rows at most, as in ``ModelInfo``; 0 is batches of one request.
-        slo_p99_ms: the latency to hold, from a request's receipt to its answer; None: the most throughput.
+        slo_p99_ms: the latency to hold, from a request's arrival at the queue to its answer; None: the most throughput.
     """
 
     def __init__(self, batching: Batching, *, max_batch_size: int, slo_p99_ms: float | None = None) -> None:
@@ -176,7 +176,7 @@ class Controller:
         self.pace.add(rows, ns)
 
     def answered(self, totals_ns: Sequence[int]) -> None:
-        """The requests of one batch were answered, each so long after its receipt."""
+        """The requests of one batch were answered, each so long after it came to the queue."""
         if self._slo_ns is None:
             return
         late = sum(total > self._slo_ns for total in totals_ns)
@@ -197,18 +197,17 @@ class Controller:
         rest = max(0.0, (self.pace.predict(running) or 0.0) - running_ns) if running else 0.0
         return rest + ahead // limit * whole / self._instances
 
-    def too_late(self, wait_ns: float, rows: int, waited_ns: int) -> bool:
+    def too_late(self, wait_ns: float, rows: int) -> bool:
         """Whether a request would be answered beyond the SLO.
 
         Args:
             wait_ns: as ``wait_ns`` says.
             rows: of the request.
-            waited_ns: how long it has been here.
         """
         if self._slo_ns is None:
             return False
         own = self.pace.predict(max(rows, self.limit(rows))) or 0.0
-        return waited_ns + wait_ns + own > self._share * self._slo_ns
+        return wait_ns + own > self._share * self._slo_ns
 
     def _allowed(self) -> list[int]:
         """Sizes within the cap and, with an SLO, within its share; at least the smallest."""

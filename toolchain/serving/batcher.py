@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import dataclasses
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 
 from runtimes import Session
 from toolchain.serving.adaptive import Controller
 from toolchain.serving.base import (
     DeadlineExceeded,
+    InvalidRequest,
     ModelFailed,
     ModelInfo,
     Overloaded,
@@ -33,6 +33,7 @@ from toolchain.serving.base import (
 from toolchain.serving.execution import Arrays, RowsLost, Run, run_together
 from toolchain.serving.options import Batching
 from toolchain.serving.padding import Layout
+from toolchain.serving.request_queue import Queue, Shapes, Waiting
 from toolchain.serving.statistics import Reason, Statistics
 
 #: Short runs of the same shapes in a row before they move to the event loop.
@@ -41,23 +42,6 @@ _STREAK = 8
 _MOST_ON_LOOP = 200_000
 #: Shapes that are remembered; beyond it all are forgotten.
 _SHAPES = 4096
-
-Shapes = tuple[tuple[int, ...], ...]
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Waiting:
-    """A request in the queue, or in a batch that runs."""
-
-    request: Request
-    rows: int
-    key: Hashable
-    shapes: Shapes
-    level: int
-    received_ns: int
-    queued_ns: int
-    answer: asyncio.Future[Response]
-    timer: asyncio.TimerHandle | None = None
 
 
 class Batcher:
@@ -92,12 +76,10 @@ class Batcher:
         self._executor = executor
         self._controller = controller
         self._layout = Layout(info, batching.padding)
+        self._outputs = frozenset(spec.name for spec in info.outputs)
         self._together = info.max_batch_size > 1
         self._timeout_ns = None if batching.default_timeout_ms is None else batching.default_timeout_ms * 1_000_000
-        # Ordered dicts are linked lists with an index: whoever gives up leaves from the middle at once.
-        self._levels = [OrderedDict[_Waiting, None]() for _ in range(batching.priority_levels)]
-        self._rows = [0] * batching.priority_levels
-        self._waiting = 0
+        self._queue = Queue(batching.priority_levels)
         self._running = 0
         self._in_runs = 0
         self._started: OrderedDict[int, tuple[int, int]] = OrderedDict()  # run → (rows, began)
@@ -113,7 +95,7 @@ class Batcher:
     @property
     def pending(self) -> int:
         """Requests that wait or run."""
-        return self._waiting + self._in_runs
+        return len(self._queue) + self._in_runs
 
     async def infer(self, request: Request) -> Response:
         """Answers a request.
@@ -131,14 +113,18 @@ class Batcher:
             deadline = self._deadline(request, received, now)
             if self._closed:
                 raise Unavailable(f"model {self._info.name!r} is being unloaded", hint="send it again")
+            for name in request.outputs:
+                if name not in self._outputs:
+                    raise InvalidRequest(f"model {self._info.name!r} has no output {name!r}")
             shapes = tuple([array.shape for array in request.inputs.values()])
-            if shapes in self._quick and not self._waiting and not self._running and not self._controller.delay_ns:
+            if shapes in self._quick and not self._queue and not self._running and not self._controller.delay_ns:
                 return self._on_loop(request, shapes, received)
             waiting = self._admit(request, shapes, received, now, deadline)
         except ServingError as error:
             self._count_failure(error, now - received)
             raise
-        self._enter(waiting)
+        self._queue.enter(waiting)
+        self._statistics.pending += 1
         if deadline is not None:
             loop = asyncio.get_running_loop()
             waiting.timer = loop.call_later((deadline - now) * 1e-9, self._expire, waiting)
@@ -162,7 +148,7 @@ class Batcher:
     def close(self) -> None:
         """Whoever waits is told that the model is unloaded; what runs is answered."""
         self._closed = True
-        for waiting in [*self._in_order()]:
+        for waiting in [*self._queue]:
             self._leave(waiting)
             self._fail(waiting, Unavailable(f"model {self._info.name!r} was unloaded", hint="send it again"))
         self._tell_drained()
@@ -181,33 +167,31 @@ class Batcher:
             raise DeadlineExceeded("the request came after its own deadline")
         return deadline
 
-    def _admit(self, request: Request, shapes: Shapes, received: int, now: int, deadline: int | None) -> _Waiting:
+    def _admit(self, request: Request, shapes: Shapes, received: int, now: int, deadline: int | None) -> Waiting:
         """Raises Overloaded where it is not let in."""
         rows = shapes[0][0] if self._info.max_batch_size and shapes and shapes[0] else 1
-        levels = len(self._levels)
-        level = request.priority - 1 if 1 <= request.priority <= levels else levels - 1
-        if (self._waiting or self._running >= self._batching.instances) and (
+        level = self._queue.level(request.priority)
+        if (self._queue or self._running >= self._batching.instances) and (
             deadline is not None or self._controller.has_slo
         ):
-            self._refuse_late(level, rows, received, now, deadline)
-        if self._waiting >= self._batching.queue_size:
-            last = next((n for n in range(levels - 1, level, -1) if self._levels[n]), None)
-            if last is None:
+            self._refuse_late(level, rows, now, deadline)
+        if len(self._queue) >= self._batching.queue_size:
+            displaced = self._queue.last_below(level)
+            if displaced is None:
                 raise Overloaded(
-                    f"{self._waiting} requests wait for model {self._info.name!r}, which is all that may",
+                    f"{len(self._queue)} requests wait for model {self._info.name!r}, which is all that may",
                     hint="send it again later, or serve with a larger queue_size",
                 )
-            displaced = next(reversed(self._levels[last]))
             self._leave(displaced)
             self._fail(displaced, Overloaded("the queue is full of requests of a higher priority", hint="try again"))
         answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
         key = self._layout.key(request.inputs)
-        return _Waiting(request, rows, key, shapes, level, received, now, answer)
+        return Waiting(request, rows, key, shapes, level, received, now, deadline, answer)
 
-    def _refuse_late(self, level: int, rows: int, received: int, now: int, deadline: int | None) -> None:
+    def _refuse_late(self, level: int, rows: int, now: int, deadline: int | None) -> None:
         running, began = next(iter(self._started.values())) if self._running >= self._batching.instances else (0, now)
-        wait = self._controller.wait_ns(sum(self._rows[: level + 1]), running, now - began)
-        if self._controller.too_late(wait, rows, now - received):
+        wait = self._controller.wait_ns(self._queue.rows(level), running, now - began)
+        if self._controller.too_late(wait, rows):
             raise Overloaded(
                 f"model {self._info.name!r} could not answer within the latency that is promised",
                 hint=f"send it again in {max(1, round(wait * 1e-6))} ms",
@@ -218,31 +202,19 @@ class Batcher:
                 hint="allow it more time, or send it later",
             )
 
-    def _enter(self, waiting: _Waiting) -> None:
-        self._levels[waiting.level][waiting] = None
-        self._rows[waiting.level] += waiting.rows
-        self._waiting += 1
-        self._statistics.pending += 1
-
-    def _leave(self, waiting: _Waiting) -> bool:
+    def _leave(self, waiting: Waiting) -> bool:
         """Takes it out of the queue; False where it is not in there any more."""
-        level = self._levels[waiting.level]
-        if waiting not in level:
+        if not self._queue.leave(waiting):
             return False
-        del level[waiting]
-        self._rows[waiting.level] -= waiting.rows
-        self._waiting -= 1
         self._statistics.pending -= 1
-        if waiting.timer is not None:
-            waiting.timer.cancel()
         return True
 
-    def _expire(self, waiting: _Waiting) -> None:
+    def _expire(self, waiting: Waiting) -> None:
         if self._leave(waiting):
             self._fail(waiting, DeadlineExceeded("the deadline passed while the request waited"))
             self._tell_drained()
 
-    def _give_up(self, waiting: _Waiting) -> None:
+    def _give_up(self, waiting: Waiting) -> None:
         """The client went away: its place is free; of a run that has begun only the answer is dropped."""
         if self._leave(waiting):
             self._tell_drained()
@@ -251,7 +223,7 @@ class Batcher:
         else:
             waiting.answer.exception()  # it was answered in the same turn, and counted; asyncio wants it looked at
 
-    def _fail(self, waiting: _Waiting, error: ServingError) -> None:
+    def _fail(self, waiting: Waiting, error: ServingError) -> None:
         if not waiting.answer.done():
             self._count_failure(error, time.monotonic_ns() - waiting.received_ns)
             waiting.answer.set_exception(error)
@@ -271,17 +243,16 @@ class Batcher:
                 if not future.done():
                     future.set_result(None)
 
-    def _in_order(self) -> Iterator[_Waiting]:
-        for level in self._levels:
-            yield from level
-
     # Batches
 
     def _dispatch(self) -> None:
         """Starts what can be started."""
         self._planned = False
-        while self._waiting and self._running < self._batching.instances:
-            head = next(self._in_order())
+        while self._queue and self._running < self._batching.instances:
+            head = next(iter(self._queue))
+            if head.expired(time.monotonic_ns()):  # its timer is late, because the loop is
+                self._expire(head)
+                continue
             if head.shapes in self._quick:
                 self._leave(head)
                 [run] = run_together(self._session, self._layout, (head.request.inputs,), (head.rows,))
@@ -290,18 +261,19 @@ class Batcher:
                 continue
             batch = self._batch(head)
             if batch is None:
-                return
+                break
             self._start(batch)
+        self._tell_drained()
 
-    def _batch(self, head: _Waiting) -> list[_Waiting] | None:
+    def _batch(self, head: Waiting) -> list[Waiting] | None:
         """Who runs now with the first in the queue; None where it is worth waiting for more."""
         if not self._together:
             return [head]
-        others = sum(self._rows)
-        if others == head.rows:
+        waiting_rows = self._queue.rows()
+        if waiting_rows == head.rows:
             batch, rows = [head], head.rows
         else:
-            batch, rows = self._gathered(head, self._controller.look(others))
+            batch, rows = self._gathered(head, self._controller.look(waiting_rows))
         preferred = [size for size in self._controller.preferred if size <= rows]
         if preferred:
             while sum(waiting.rows for waiting in batch) > preferred[-1] and len(batch) > 1:
@@ -321,11 +293,11 @@ class Batcher:
         self._due = None
         self._dispatch()
 
-    def _gathered(self, head: _Waiting, limit: int) -> tuple[list[_Waiting], int]:
+    def _gathered(self, head: Waiting, limit: int) -> tuple[list[Waiting], int]:
         """The first and those behind it that have its shapes, while they fit; none is passed over for a smaller."""
-        batch, rows = [head], head.rows
-        for waiting in self._in_order():
-            if waiting is head or waiting.key != head.key:
+        batch, rows, now = [head], head.rows, time.monotonic_ns()
+        for waiting in self._queue:
+            if waiting is head or waiting.key != head.key or waiting.expired(now):
                 continue
             if rows + waiting.rows > limit:
                 break
@@ -333,7 +305,7 @@ class Batcher:
             rows += waiting.rows
         return batch, rows
 
-    def _start(self, batch: Sequence[_Waiting]) -> None:
+    def _start(self, batch: Sequence[Waiting]) -> None:
         for waiting in batch:
             self._leave(waiting)
         self._running += 1
@@ -342,7 +314,6 @@ class Batcher:
         number, began = self._runs, time.monotonic_ns()
         self._started[number] = (sum(waiting.rows for waiting in batch), began)
         loop = asyncio.get_running_loop()
-
         inputs, rows = [waiting.request.inputs for waiting in batch], [waiting.rows for waiting in batch]
 
         def work() -> None:
@@ -356,7 +327,7 @@ class Batcher:
             error = Unavailable(f"model {self._info.name!r} is served no longer", hint="the server shuts down")
             self._finish(number, batch, [Run(range(len(batch)), began, error=error)])
 
-    def _finish(self, number: int, batch: Sequence[_Waiting], runs: Sequence[Run]) -> None:
+    def _finish(self, number: int, batch: Sequence[Waiting], runs: Sequence[Run]) -> None:
         rows, began = self._started.pop(number)
         took = time.monotonic_ns() - began
         self._running -= 1
@@ -368,16 +339,15 @@ class Batcher:
                 self.separate()
             self._answer([batch[index] for index in run.of], run)
         self._dispatch()
-        self._tell_drained()
 
-    def _answer(self, batch: Sequence[_Waiting], run: Run) -> None:
+    def _answer(self, batch: Sequence[Waiting], run: Run) -> None:
         if run.error is not None:
             for waiting in batch:
                 self._fail(waiting, run.error)
             return
         now = time.monotonic_ns()
         self._count_run(sum(waiting.rows for waiting in batch), run)
-        self._controller.answered([now - waiting.received_ns for waiting in batch])
+        self._controller.answered([now - waiting.queued_ns for waiting in batch])
         for waiting, outputs in zip(batch, run.outputs, strict=True):
             if not waiting.answer.done():
                 self._count_success(run, waiting.received_ns, now)
@@ -402,7 +372,7 @@ class Batcher:
 
     # Short runs
 
-    def _learn(self, batch: Sequence[_Waiting], rows: int, took: int, run: Run) -> None:
+    def _learn(self, batch: Sequence[Waiting], rows: int, took: int, run: Run) -> None:
         """What a run took and what the way to the thread took; whether these shapes may run on the loop."""
         self._controller.ran(rows, took)
         hop = took - (run.input_ns + run.infer_ns + run.output_ns)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import time
 import uuid
-from collections.abc import Mapping
-
-import numpy as np
 
 from runtimes import Session
 from toolchain.serving.adaptive import Controller
 from toolchain.serving.base import ModelInfo, Request, Response
 from toolchain.serving.batcher import Batcher
-from toolchain.serving.independence import why_rows_depend
 from toolchain.serving.options import ModelOptions
 from toolchain.serving.result_cache import ResultCache
 from toolchain.serving.statistics import Statistics
@@ -50,9 +45,6 @@ class Loaded:
         self.info = info
         self.session = session
         self.statistics = statistics
-        #: why its requests are not put together though it has a batch axis; None where they are
-        self.apart: str | None = None
-        self._executor = executor
         self._controller = controller or Controller(options.batching, max_batch_size=info.max_batch_size)
         self._batcher = Batcher(
             info,
@@ -80,7 +72,7 @@ class Loaded:
     @property
     def batch_limit(self) -> int:
         """Rows that a batch may have now: what the options say, unless memory is short."""
-        return 1 if self.apart else self._controller.cap
+        return self._controller.cap
 
     async def infer(self, request: Request) -> Response:
         """Answers a request that was checked against ``info``.
@@ -91,24 +83,6 @@ class Loaded:
         if self._cache is None:
             return await self._batcher.infer(request)
         return await self._through_cache(self._cache, request)
-
-    async def warm_up(self, feeds: Mapping[str, np.ndarray]) -> None:
-        """Runs inputs before anybody else does, and finds out whether requests may be put together.
-
-        Where the model turns out to mix rows, they are not, and ``apart`` says why. Nothing is counted.
-
-        Args:
-            feeds: plausible inputs, such as a self-test vector.
-
-        Raises:
-            Error: of the runtime, where it does not run them.
-        """
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._executor, self.session.run, feeds)
-        if self.info.max_batch_size > 1:
-            self.apart = await loop.run_in_executor(self._executor, why_rows_depend, self.session, self.info, feeds)
-            if self.apart:
-                self._batcher.separate()
 
     def shrink(self, share: float) -> None:
         """Memory is short: cuts the largest batch to a share of what it is now, to one row at least."""
