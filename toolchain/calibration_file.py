@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,8 @@ _NUMBERS = ("low", "high", "amax", "minimum", "maximum")
 STATE = ".state"
 #: how an .npz begins
 _ZIP = b"PK"
+#: so that the width of a range is one too
+_LARGEST = float(np.finfo(np.float32).max) / 2
 _CHANNELS = ("channel_amax", "channel_mean")
 
 
@@ -60,7 +61,8 @@ class Mismatch:
         if not self.new:
             return
         lines = [
-            f"the calibration is of another graph: {_some(self.new)} {'has' if len(self.new) == 1 else 'have'} no range"
+            "the calibration is of another graph, or not whole: "
+            f"{_some(self.new)} {'has' if len(self.new) == 1 else 'have'} no range"
         ]
         if self.missing:
             lines.append(f"it has {_some(self.missing)}, which the graph has not")
@@ -130,8 +132,8 @@ def read(path: Path) -> Calibration:
             key: {str(name): np.asarray(row, np.float64) for name, row in tree.get(key, {}).items()}
             for key in _CHANNELS
         }
-        asked = None if tree.get("asked") is None else int(tree["asked"])
-        return Calibration(str(tree["graph"]), int(tree["samples"]), ranges, **channels, asked=asked)
+        asked = None if tree.get("asked") is None else _count(tree, "asked")
+        return Calibration(str(tree["graph"]), _count(tree, "samples"), ranges, **channels, asked=asked)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CalibrationError(f"damaged: {error}", where=str(path), hint="calibrate again") from error
 
@@ -153,8 +155,13 @@ def match(calibration: Calibration, model: ir.Model) -> Mismatch:
 
 
 def require_match(calibration: Calibration, model: ir.Model, *, where: str | None = None) -> None:
-    """Raises CalibrationError where values of the graph that want a range have none; the message names them."""
-    match(calibration, model).require(where=where)
+    """Raises CalibrationError where values of the graph that want a range have none; the message names them.
+
+    A TensorRT cache has only what TensorRT quantised: of one it is enough that some of its ranges are the graph's.
+    """
+    found = match(calibration, model)
+    if calibration.samples or len(found.missing) == len(calibration.ranges):
+        found.require(where=where)
 
 
 def without_range(calibration: Calibration, model: ir.Model) -> tuple[str, ...]:
@@ -172,10 +179,17 @@ def _line(range_: TensorRange) -> str:
     )
 
 
+def _count(tree: dict[str, Any], key: str) -> int:
+    number = tree[key]
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ValueError(f"{key} is {number!r}, which is no number of samples")
+    return number
+
+
 def _range(name: str, entry: dict[str, Any]) -> TensorRange:
     values = {key: entry[key] for key in _NUMBERS}
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values.values()):
-        raise ValueError(f"the range of {name!r} holds something else than finite numbers")
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= _LARGEST for v in values.values()):
+        raise ValueError(f"the range of {name!r} holds something else than finite float32 numbers")
     found = TensorRange(**{key: float(value) for key, value in values.items()}, method=str(entry["method"]))
     if found.low > found.high or found.amax < 0 or found.minimum > found.maximum:
         raise ValueError(f"the range of {name!r} is empty: {entry}")

@@ -21,7 +21,7 @@ from toolchain.calibration_file import STATE
 from toolchain.clipping import PERCENTILE
 from toolchain.console import Preprocessing
 from toolchain.data import Dataset, open_dataset, preprocessing_of
-from toolchain.errors import CalibrationError, DataError
+from toolchain.errors import CalibrationError, StorageError
 from toolchain.evaluate import input_specs
 from toolchain.onnx_file import read_onnx
 from toolchain.preprocessing import ImagePreprocessing
@@ -31,8 +31,8 @@ from toolchain.tensorrt_cache import read_tensorrt_cache, write_tensorrt_cache
 
 calibrating = typer.Typer()
 
-#: Samples that may be asked for, and that are read at a time: beyond that it is a slip of the finger.
-_MOST = 10_000_000
+#: Samples that may be asked for, and that may be in memory at a time: beyond that it is a slip of the finger.
+_MOST, _MOST_AT_ONCE = 10_000_000, 4096
 
 
 @calibrating.command()
@@ -67,9 +67,8 @@ def calibrate(
             "where do the ranges come from?", hint="give --data SAMPLES, or --import-tensorrt-cache FILE; one of them"
         )
     chosen = _method(method, percentile)
-    for option, number in (("--batch-size", batch_size), ("--limit", limit)):
-        if number is not None and not 1 <= number <= _MOST:
-            raise DataError(f"{number} is not a number of samples", where=option, hint=f"1 to {_MOST:,}")
+    console.require_count(batch_size, "--batch-size", _MOST_AT_ONCE)
+    console.require_count(limit, "--limit", _MOST)
     if import_tensorrt_cache is not None:
         of_data = {"--limit": limit, "--preprocessing": preprocessing, "--resume": resume, "--channels": channels}
         given = next((option for option, value in {**of_data, "--histograms": histograms}.items() if value), None)
@@ -80,6 +79,8 @@ def calibrate(
     inputs = [model, *([Path(data)] if data else [])]
     for path in (destination, *([export_tensorrt_cache] if export_tensorrt_cache else [])):
         require_other(path, *inputs)
+    if export_tensorrt_cache is not None and export_tensorrt_cache.absolute() == destination.absolute():
+        raise StorageError("the cache would replace the calibration", where=str(destination), hint="write elsewhere")
     said: dict[str, Any] = {"output": str(destination)}
     if import_tensorrt_cache is not None:
         imported = read_tensorrt_cache(import_tensorrt_cache, graph)
@@ -117,6 +118,8 @@ def calibrate(
 
 
 def _observe(model: ir.Model | Path, dataset: Dataset, state: Path, *, resume: bool, channels: bool) -> Observed:
+    if resume and not state.exists():
+        console.err.print(Text(f"there is no {state} to resume: from the start"))
     with console.status("calibrating") as on_status:
 
         def progress(samples: int) -> None:

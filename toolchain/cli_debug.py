@@ -42,6 +42,8 @@ debugging.add_typer(debug, name="debug")
 _ENGINES = ("tensorrt", "tensorrt-rtx")
 #: Layers that the terminal shows; the page and --json have all.
 _SHOWN = 20
+#: Samples that may be measured on: all are in memory, and each layer runs the model on all.
+_MOST = 4096
 
 
 @debug.command()
@@ -50,7 +52,7 @@ def quantization(
     eval_data: Annotated[
         str | None, typer.Option("--eval-data", help="samples to measure on", show_default="seeded inputs")
     ] = None,
-    limit: Annotated[int, typer.Option(help="samples to measure on", min=1)] = 8,
+    limit: Annotated[int, typer.Option(help="samples to measure on")] = 8,
     data: Annotated[
         str | None,
         typer.Option(
@@ -66,6 +68,7 @@ def quantization(
     json: Annotated[bool, typer.Option("--json", help="print the result as one line of JSON")] = False,
 ) -> None:
     """Shows for each quantised layer what its rounding does to the output, and the flag that leaves it out."""
+    console.require_count(limit, "--limit", _MOST)
     if output is not None:
         require_other(output)
     found = package.read_package(artifact)
@@ -171,7 +174,7 @@ def engine(
     eval_data: Annotated[
         str | None, typer.Option("--eval-data", help="samples to compare on", show_default="seeded inputs")
     ] = None,
-    limit: Annotated[int, typer.Option(help="samples to compare on", min=1)] = 4,
+    limit: Annotated[int, typer.Option(help="samples to compare on")] = 4,
     dim: Annotated[
         list[str] | None, typer.Option("--dim", help="NAME=SIZE of a dimension of made-up inputs", show_default=False)
     ] = None,
@@ -180,6 +183,7 @@ def engine(
     json: Annotated[bool, typer.Option("--json", help="print the result as one line of JSON")] = False,
 ) -> None:
     """Shows the layers of a TensorRT engine and how far its numbers are from ONNX Runtime's."""
+    console.require_count(limit, "--limit", _MOST)
     require_polygraphy()
     found = package.read_package(artifact)
     chosen = _engine_variant(found, variant)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from runtimes import Error
 from toolchain.as_json import dumps
-from toolchain.errors import RecipeError
+from toolchain.errors import DataError, RecipeError
 from toolchain.progress import Status, silent
 from toolchain.storage import REASONS
 
@@ -68,6 +68,12 @@ def parse_dims(texts: Iterable[str] | None) -> dict[str, int]:
             raise RecipeError(f"not a dimension: {text!r}", where="--dim", hint="write NAME=SIZE, such as sequence=128")
         sizes[name] = int(size)
     return sizes
+
+
+def require_count(number: int | None, option: str, most: int) -> None:
+    """Raises DataError unless an option that counts samples is left out, or 1 to ``most``."""
+    if number is not None and not 1 <= number <= most:
+        raise DataError(f"{number} is not a number of samples", where=option, hint=f"1 to {most:,}")
 
 
 class Exit(Exception):

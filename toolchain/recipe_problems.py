@@ -54,7 +54,9 @@ def explained(
 
 def _place(problem: Any) -> tuple[Any, ...]:
     """The keys that lead to it, without what pydantic adds to name the form of a key that has several."""
-    return tuple(p for p in problem["loc"] if isinstance(p, int) or not p.startswith(("list[", "literal[")))
+    return tuple(
+        p for p in problem["loc"] if isinstance(p, int) or not p.startswith(("list[", "literal[", "constrained-"))
+    )
 
 
 def _section_at(section: type[pydantic.BaseModel], place: tuple[Any, ...]) -> type[pydantic.BaseModel]:

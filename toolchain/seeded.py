@@ -37,7 +37,7 @@ def seeded_inputs(
         dims: sizes of dimensions that are not fixed, by the names that ``open_dims`` gives.
 
     Raises:
-        DataError: a dtype that has no plausible values, or a size below 1.
+        DataError: a dtype that has no plausible values, a size below 1, or more than fits into memory.
     """
     sizes = dict(dims or {})
     for name, size in (*sizes.items(), ("batch", batch)):
@@ -51,7 +51,14 @@ def seeded_inputs(
                 where=f"{name}={sizes[name]}",
                 hint=f"there are: {', '.join(known) or 'none, all sizes are fixed'}",
             )
-    return {spec.name: _values(spec, _shape(spec, sizes, batch), seed) for spec in specs}
+    shapes = {spec.name: _shape(spec, sizes, batch) for spec in specs}
+    try:
+        return {spec.name: _values(spec, shapes[spec.name], seed) for spec in specs}
+    except (MemoryError, OverflowError, ValueError) as error:  # numpy's words for what no memory holds
+        shown = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise DataError(
+            "made-up inputs of that size do not fit into memory", where=shown, hint="smaller batches and dimensions"
+        ) from error
 
 
 def open_dims(specs: Sequence[TensorSpec]) -> tuple[str, ...]:

@@ -149,11 +149,13 @@ def require_outside_artifacts(path: Path) -> None:
 
 
 def require_other(output: Path, *inputs: Path) -> None:
-    """Refuses an output that is one of the inputs, or lies in an artifact.
+    """Refuses a file to be written that is a folder or one of the inputs, or lies in an artifact.
 
     Raises:
         StorageError: it is, or does.
     """
+    if output.is_dir():
+        raise StorageError("there is a folder of that name", where=str(output), hint="name a file")
     require_outside_artifacts(output)
     for path in inputs:
         if path.exists() and output.exists() and os.path.samefile(path, output):
