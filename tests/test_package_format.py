@@ -17,8 +17,11 @@ import pytest
 from package_validator import Broken, directory_hash, validate
 
 import runtimes
+from runtimes import install as installing
 from toolchain.build import build
+from toolchain.bundle import bundle
 from toolchain.cache import Cache
+from toolchain.platforms import PLATFORMS
 from toolchain.recipe import Recipe
 
 READER = Path(__file__).with_name("ort_package_reader.py")
@@ -101,6 +104,47 @@ def test_plain_onnx_runtime_opens_the_model_inside(artifact: Path) -> None:
             with runtimes.load(artifact, variant=name) as session:
                 for key, value in session.run({"image": x}).items():
                     np.testing.assert_allclose(value, expected[key], rtol=1e-6)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_what_a_bundle_unpacks_to_keeps_every_rule_too(artifact: Path, tmp_path: Path, platform: str) -> None:
+    if PLATFORMS[platform].ort_format and not runtimes.backend("ort-cpu").probe().available:
+        pytest.skip("onnxruntime: not installed")
+    bundle(artifact, tmp_path / "net.tar", platform=platform)
+    installing.install(tmp_path / "net.tar", tmp_path / "root")
+    validate(tmp_path / "root" / "1")
+    found = read_by_ort(tmp_path / "root" / "1")
+    assert found["selected"] == "ort-cpu-fp32"
+    assert ("ort-cpu-fp32-ort" in found["variants"]) == PLATFORMS[platform].ort_format
+
+
+def test_and_what_compile_on_device_makes_of_it(artifact: Path, tmp_path: Path) -> None:
+    installing.install(_with_a_recipe(artifact, tmp_path), tmp_path / "root")
+    validate(tmp_path / "root" / "1")
+    installing.compile_here(tmp_path / "root")
+    validate(tmp_path / "root" / "2")
+    with runtimes.load(tmp_path / "root") as session:
+        assert session.info["variant"] == "later"
+
+
+def _with_a_recipe(artifact: Path, folder: Path) -> Path:
+    """A bundle whose best variant stands there as a graph that is to be built, on ort-cpu since that is here."""
+    root = Path(shutil.copytree(artifact, folder / "to-compile"))
+    shutil.copytree(root / "ort-cpu-fp32", root / "later", ignore=shutil.ignore_patterns("prepared"))
+
+    def change(tree: dict[str, Any]) -> None:
+        ours = tree["additional_metadata"]["toolchain"]
+        files = ours["files"]
+        files["later/model.onnx"] = files["ort-cpu-fp32/model.onnx"]
+        ours["selftest"]["variants"]["later"] = ours["selftest"]["variants"]["ort-cpu-fp32"]
+        ours["to_compile"] = [
+            {"variant": "later", "target": "ort-cpu", "precision": "fp32", "model_file": "model.onnx",
+             "options": {}, "session_options": {}}
+        ]  # fmt: skip
+
+    edited(change)(root)
+    bundle(root, folder / "later.tar", platform="linux-x86_64")
+    return folder / "later.tar"
 
 
 def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
