@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from toolchain.serving import wire
 from toolchain.serving.base import InvalidRequest, Overloaded, ServingError, TooLarge, Unavailable
 
 Message = MutableMapping[str, Any]
@@ -52,7 +53,7 @@ class RequestTimeout(ServingError):
 
 def answer(error: ServingError, *, close: bool = False) -> tuple[Message, Message]:
     """The two messages of an answer that tells an error as the protocol does, ``{"error": ...}``."""
-    body = json.dumps({"error": str(error)}).encode()
+    body = json.dumps({"error": wire.message(error)}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if error.http in (429, 503):
         headers.append((b"retry-after", b"1"))
