@@ -82,7 +82,7 @@ def cut_channels(
     record = read_record(model)
     before = record.get("asked", {})
     # what decides how much goes; which channels go is then decided already
-    decided = asked.model_dump(exclude={"importance", "reconstruct"})
+    decided = asked.model_dump(exclude={"importance", "reconstruct", "finetune", "rounds"})
     whole = prepared_copy(model)
     groups, declined = _eligible(whole, asked.exclude)
     if {name: before.get(name) for name in decided} == decided:

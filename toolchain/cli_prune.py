@@ -11,6 +11,7 @@ from rich.text import Text
 
 from passes.prune_weights import masks_of
 from toolchain import console
+from toolchain.cache import digest_of
 from toolchain.console import Preprocessing
 from toolchain.data import Dataset, open_dataset, preprocessing_of
 from toolchain.errors import GraphError, RecipeError, StorageError
@@ -99,6 +100,13 @@ def prune(
         str | None,
         typer.Option(help="a training loop, FILE.py:FUNCTION: it gets the pruned graph in torch", show_default=False),
     ] = None,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            help="with --finetune: cut and train so many times, much at first and little in the end; where it was "
+            "interrupted, the same command goes on"
+        ),
+    ] = 1,
     dim: Annotated[
         list[str] | None,
         typer.Option("--dim", help="size of a symbolic dimension, such as sequence=128; repeat", show_default=False),
@@ -107,7 +115,7 @@ def prune(
     json: Annotated[bool, typer.Option("--json", help="print the result as one line of JSON")] = False,
 ) -> None:
     """Cuts what matters least out of an ONNX file, and says what that saves and costs."""
-    from toolchain.finetune import fine_tune, load_loop
+    from toolchain.finetune import forget_rounds, loop_digest, trainer
     from toolchain.pruning import ALREADY, Given
     from toolchain.pruning import prune as run_prune
 
@@ -115,7 +123,7 @@ def prune(
         method=method, ratio=ratio, target_macs=target_macs, target_latency=target_latency, max_drop=max_drop,
         pattern=pattern, masks=masks, importance=importance, scope=scope, exclude=exclude or [], round_to=round_to,
         min_channels=min_channels, blocks=blocks, reconstruct="auto" if reconstruct is None else reconstruct,
-        data={"calibration": data, "evaluation": eval_data}, seed=seed,
+        finetune=finetune, rounds=rounds, data={"calibration": data, "evaluation": eval_data}, seed=seed,
     )  # fmt: skip
     if save_masks is not None and method != "weights":
         raise RecipeError(
@@ -125,7 +133,7 @@ def prune(
         )
     if output.resolve() == model.resolve():
         raise StorageError("the result would replace the model", where=str(output), hint="choose another --output")
-    loop = None if finetune is None else load_loop(finetune)
+    train = None if finetune is None else trainer(finetune)
     graph = read_onnx(model)
     specs = input_specs(graph)
     dims = console.parse_dims(dim)
@@ -140,6 +148,8 @@ def prune(
 
     calibration, evaluation = opened(data, _LIMIT), opened(eval_data, limit)
     judged_on = evaluation or calibration
+    fingerprints = [None if each is None else each.fingerprint() for each in (calibration, evaluation)]
+    folder = output.with_name(f"{output.name}.rounds")
     made_up = [Batch(seeded_inputs(specs, batch=1, seed=seed + i, dims=dims), None) for i in range(_MADE_UP)]
     with console.status("prune") as on_status:
         made, report = run_prune(
@@ -151,14 +161,18 @@ def prune(
                 data="seeded random inputs" if judged_on is None else judged_on.name,
                 dims=dims,
                 seed=seed,
-                fine_tune=None if loop is None else lambda whole, cut: fine_tune(cut, loop, dense=whole),
+                fine_tune=train,
+                folder=folder,
+                key=digest_of({"loop": finetune and loop_digest(finetune), "data": fingerprints}),
                 on_status=on_status,
             ),
         )
         if not report.changed:
+            forget_rounds(folder)
             on = "; a larger cut goes on from here" if report.remarks[0] == ALREADY else ""
             raise GraphError(report.remarks[0], where=str(model), hint=f"nothing was written{on}")
         write_onnx(made, output)
+        forget_rounds(folder)
         if save_masks is not None:
             write_masks(masks_of(made), save_masks)
     if json:

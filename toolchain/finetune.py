@@ -19,13 +19,13 @@ import dataclasses
 import inspect
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import onnx_ir as ir
 
-from passes.base import Pass, PassFailed
 from toolchain import user_code
 from toolchain.cache import digest_of
 from toolchain.errors import DataError, GraphError, SourceError, StorageError
@@ -36,7 +36,7 @@ from toolchain.storage import reported, write_bytes, write_text
 if TYPE_CHECKING:
     from toolchain.torch_module import GraphModule
 
-_VERSION = 1
+_VERSION = 2
 _CHECKPOINT, _STATE = "checkpoint.pt", "state.json"
 
 #: trains a module in place
@@ -117,10 +117,7 @@ def load_loop(text: str) -> Loop:
     Raises:
         SourceError: not spelled like that, no such file or function, it fails, or takes neither one nor two arguments.
     """
-    found = user_code.split(text)
-    if found is None:
-        raise SourceError(f"{text!r} is no training loop", hint="spell it FILE.py:FUNCTION, such as train.py:loop")
-    path, name = found
+    path, name = _split(text)
     function = user_code.load(path, name, error=SourceError)
     try:
         required, most = _arguments(function)
@@ -140,6 +137,13 @@ def load_loop(text: str) -> Loop:
     return loop
 
 
+def _split(text: str) -> tuple[Path, str]:
+    found = user_code.split(text)
+    if found is None:
+        raise SourceError(f"{text!r} is no training loop", hint="spell it FILE.py:FUNCTION, such as train.py:loop")
+    return found
+
+
 def _arguments(function: Callable[..., Any]) -> tuple[int, float]:
     """How many positional arguments a function needs, and takes at most."""
     parameters = inspect.signature(function).parameters.values()
@@ -155,10 +159,7 @@ def fine_tune(
     loop: Loop,
     *,
     dense: ir.Model | None = None,
-    number: int = 1,
-    of: int = 1,
-    amount: float = 0.0,
-    folder: Path | None = None,
+    current: Round | None = None,
 ) -> FineTuned:
     """Trains a pruned graph in torch, in place.
 
@@ -166,8 +167,7 @@ def fine_tune(
         model: float32, pruned; gets the trained weights. Zeros of its weights stay zero.
         loop: from ``load_loop``, or any function of module and Round.
         dense: the graph to distil from; it stays as it is.
-        number, of, amount: what the Round says.
-        folder: for checkpoints of the loop.
+        current: what the loop is told besides the teacher; None where there is one round and no folder.
 
     Raises:
         SourceError: torch is not installed, or the loop fails.
@@ -181,8 +181,28 @@ def fine_tune(
         ) from error
     module = to_torch(model)
     teacher = None if dense is None else to_torch(dense).requires_grad_(False)
-    loop(module, Round(number, of, amount, teacher, folder))
+    loop(module, dataclasses.replace(current or Round(), teacher=teacher))
     return FineTuned(write_back(module, model), module.masked)
+
+
+def trainer(text: str) -> Callable[[ir.Model, ir.Model, Round], FineTuned]:
+    """Trains a graph in place with the user's loop, given the graph to distil from, itself and the round.
+
+    Raises:
+        As ``load_loop``; and when it is called, as ``fine_tune``.
+    """
+    loop = load_loop(text)
+    return lambda dense, model, current: fine_tune(model, loop, dense=dense, current=current)
+
+
+def loop_digest(text: str, *, data: bool = False) -> str:
+    """SHA-256 over the source of a training loop and, with ``data``, the files that it names: its data, or its logs
+    (``user_code.digest``). Raises SourceError."""
+    path, name = _split(text)
+    try:
+        return digest_of({"files": user_code.digest(path, named=data), "name": name})
+    except OSError as error:
+        raise SourceError(f"the training loop cannot be read: {error.strerror}", where=str(path)) from error
 
 
 def schedule(rounds: int, final: float, *, start: float = 0.0) -> tuple[float, ...]:
@@ -202,64 +222,75 @@ def schedule(rounds: int, final: float, *, start: float = 0.0) -> tuple[float, .
 
 def prune_in_rounds(
     model: ir.Model,
-    make: Callable[[float], Pass],
-    loop: Loop,
+    step: Callable[[ir.Model, Round], ir.Model],
     *,
     final: float,
     rounds: int,
     folder: Path,
-    recover: Callable[[ir.Model, ir.Model], object] = lambda dense, pruned: None,
     key: str = "",
     on_round: Callable[[Round, bool], None] = lambda current, resumed: None,
 ) -> ir.Model:
-    """Prunes, recovers and trains in several rounds; goes on where an earlier run in the same folder was interrupted.
+    """Prunes and trains in several rounds; goes on where an earlier run in the same folder was interrupted.
 
     Args:
-        model: the dense graph; it stays as it is, and is every round's teacher.
-        make: gives the pass that prunes by a share of the dense model, such as ``lambda r: PruneChannels(ratio=r)``.
-        loop: see ``fine_tune``.
+        model: the dense graph; it stays as it is.
+        step: a round: gets what the round before made, of which it may make use, and gives it pruned to
+            ``Round.amount`` of the dense model, and trained.
         final: share that is pruned in the end.
         rounds: how many.
-        folder: of the state; made if it is not there.
-        recover: called with dense and pruned graph before each training, such as a reconstruction.
-        key: what else decides the result, such as a digest of the loop's file and data: another key starts anew.
+        folder: of the state; made if it is not there, and taken away again where the first round fails.
+        key: what else decides the result, such as a digest of the loop's file and data: another key is refused.
         on_round: is called before each round, and for rounds that an earlier run did.
 
     Raises:
-        PassFailed, GraphError: pruning or training does not work on this graph.
-        SourceError: the loop fails.
-        StorageError: the folder cannot be written, or holds the rounds of something else.
+        GraphError: such rounds make no schedule. And whatever ``step`` raises.
+        StorageError: the folder cannot be written, or holds something else.
     """
     amounts = schedule(rounds, final)
-    asked = digest_of(
-        {"graph": graph_digest(model), "passes": [repr(make(each)) for each in amounts], "key": key, "v": _VERSION}
-    )
+    asked = digest_of({"graph": graph_digest(model), "amounts": list(amounts), "key": key, "v": _VERSION})
     with reported(folder, "the state of pruning"):
         folder.mkdir(parents=True, exist_ok=True)
     done = _done(folder, asked)
     current = read_onnx(folder / f"round{done}.onnx") if done else model.clone()
     for number, amount in enumerate(amounts, start=1):
-        on_round(Round(number, rounds, amount, None, folder), number <= done)
+        this = Round(number, rounds, amount, None, folder)
+        on_round(this, number <= done)
         if number <= done:
             continue
-        before = current
         try:
-            result = make(amount)(before)
-        except PassFailed as error:
-            raise GraphError(f"round {number} of {rounds}: {error}", where=error.node, hint=error.hint) from error
-        current = result.model
-        recover(model, current)
-        fine_tune(current, loop, dense=model, number=number, of=rounds, amount=amount, folder=folder)
+            current = step(current, this)
+        except BaseException:
+            if number == 1 and not (folder / _CHECKPOINT).exists():  # nothing to go on from
+                forget_rounds(folder)
+            raise
         write_onnx(current, folder / f"round{number}.onnx")
         write_text(folder / _STATE, json.dumps({"version": _VERSION, "asked": asked, "done": number}))
         (folder / _CHECKPOINT).unlink(missing_ok=True)
     return current
 
 
+def forget_rounds(folder: Path) -> None:
+    """Takes away the state of ``prune_in_rounds``, once its result is written. A folder without one stays as it is.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    if (folder / _STATE).is_file():
+        with reported(folder, "the state of pruning"):
+            shutil.rmtree(folder)
+
+
 def _done(folder: Path, asked: str) -> int:
     """How many rounds an earlier run finished. Raises StorageError where it was another's."""
     path = folder / _STATE
     if not path.is_file():
+        strange = sorted(each.name for each in folder.iterdir() if each.name != _CHECKPOINT)
+        if strange:
+            raise StorageError(
+                f"the folder for the state of pruning holds something else: {strange[0]}",
+                where=str(folder),
+                hint="give a folder that is empty, or not there",
+            )
         # Claimed before the first checkpoint: one of another model must not be taken for ours.
         (folder / _CHECKPOINT).unlink(missing_ok=True)
         write_text(path, json.dumps({"version": _VERSION, "asked": asked, "done": 0}))
@@ -275,6 +306,6 @@ def _done(folder: Path, asked: str) -> int:
         raise StorageError(
             "the folder holds rounds of another model, schedule or loop",
             where=str(path),
-            hint="delete it, or give another folder",
+            hint="delete the folder to begin anew",
         )
     return done

@@ -33,6 +33,7 @@ from toolchain.data import Dataset, open_dataset, preprocessing_of
 from toolchain.errors import DataError, StorageError
 from toolchain.evaluate import Feeds, class_count, input_specs, reference_session, run_made_up
 from toolchain.export import Exported, compare_on, export, export_source
+from toolchain.finetune import forget_rounds, loop_digest, trainer
 from toolchain.machine import cpu_model, package_versions, usable_cores
 from toolchain.onnx_file import write_onnx
 from toolchain.optimize import optimize
@@ -114,6 +115,13 @@ class Line:
         asked = self.recipe.prune
         if asked is None:
             return self.optimize_key
+        return digest_of({**self._prune_ground, "loop": asked.finetune and loop_digest(asked.finetune, data=True)})
+
+    @functools.cached_property
+    def _prune_ground(self) -> dict[str, object]:
+        """What decides the result of pruning."""
+        asked = self.recipe.prune
+        assert asked is not None
         datasets = [None if d is None else d.fingerprint() for d in (self.judged_on, self.calibration_data)]
         ground: dict[str, object] = {
             "stage": "prune",
@@ -122,10 +130,11 @@ class Line:
             "data": datasets,
         }
         ground |= {"masks": _digest_of_file(asked.masks, "the masks"), "seed": self.recipe.seed}
+        ground |= {"loop": asked.finetune and loop_digest(asked.finetune)}
         ground |= {"dims": self.recipe.dims, "verify": self.recipe.verify.model_dump()}
         if asked.target_latency is not None:
             ground |= {"targets": [str(target) for target in self.targets], "machine": [cpu_model(), usable_cores()]}
-        return digest_of(ground)
+        return ground
 
     @functools.cached_property
     def build_key(self) -> str:
@@ -233,6 +242,8 @@ class Line:
         require(fidelity, self.exported_model, self.optimized_model, self.samples[0], where="the optimised graph")
         judged = self.judged_on
         here = (target for target in self.targets if targets.cannot_run(target) is None)
+        # Not in the stage's own folder, which goes with a failure; a file that the loop writes changes its key, too.
+        rounds = self.cache.root / "rounds" / digest_of(self._prune_ground)
         given = Given(
             calibration=self.calibration_data or (),
             judged=[Batch(feeds, None) for feeds in self.samples] if judged is None else list(judged),
@@ -240,11 +251,14 @@ class Line:
             dims=self.recipe.dims,
             target=next(here, runtimes.Target("ort-cpu")),
             seed=self.recipe.seed,
+            fine_tune=None if asked.finetune is None else trainer(asked.finetune),
+            folder=rounds,
             on_status=self.on_status,
         )
         model, report = prune(self.optimized_model, asked, given)
         write_onnx(model, working / "model.onnx")
         (working / "prune.json").write_text(dumps(report), encoding="utf-8")
+        forget_rounds(rounds)
 
     @functools.cached_property
     def prune_report(self) -> PruneReport | None:

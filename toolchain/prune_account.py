@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import onnx_ir as ir
 
 import runtimes
 from passes.base import Declined
+from toolchain.finetune import Round
 from toolchain.progress import Status, silent
 from toolchain.samples import Batch
 
@@ -16,8 +18,8 @@ _ORT = runtimes.Target("ort-cpu")
 
 #: Groups that a sentence names; the report has all of them.
 _NAMED = 8
-#: Trains a pruned graph in place, given the whole one.
-FineTune = Callable[[ir.Model, ir.Model], object]
+#: Trains a pruned graph in place, given the whole one before it.
+FineTune = Callable[[ir.Model, ir.Model, Round], object]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,6 +118,8 @@ class Given:
         target: where latency is measured; it runs here.
         seed: of importance random.
         fine_tune: training, after everything else.
+        folder: where pruning in rounds keeps what it made until the last of them.
+        key: digest of the data and of the training, by which rounds are known again.
         on_status: is told what is going on.
     """
 
@@ -126,6 +130,8 @@ class Given:
     target: runtimes.Target = _ORT
     seed: int = 0
     fine_tune: FineTune | None = None
+    folder: Path | None = None
+    key: str = ""
     on_status: Status = silent
 
     @property

@@ -25,12 +25,14 @@ from passes.prune_weights import PruneWeights
 from passes.quantize_int8 import check_exclude
 from toolchain.channel_pruning import cut_channels
 from toolchain.errors import DataError, GraphError
+from toolchain.finetune import Round
 from toolchain.judge import Judge
 from toolchain.layer_statistics import input_moments, input_norms
 from toolchain.masks import read_masks
 from toolchain.model_cost import cost_of
 from toolchain.onnx_file import temporary_onnx
 from toolchain.prune_account import Given, PruneReport, held_back
+from toolchain.prune_rounds import in_rounds
 from toolchain.recipe import Prune
 from toolchain.reconstruct import Method, reconstruct
 
@@ -59,9 +61,12 @@ def prune(model: ir.Model, asked: Prune, given: Given) -> tuple[ir.Model, PruneR
     asked = _spelled_out(asked, given)
     with temporary_onnx(model) as path, runtimes.load(path, target="ort-cpu") as session:
         judge = _Counting(Judge(session, given.judged))
+    step = _channels if asked.method == "channels" else _by_pass
     try:
-        step = _channels if asked.method == "channels" else _by_pass
-        made, report = step(model, asked, given, judge)
+        if asked.rounds == 1:
+            made, report = step(model, asked, given, judge)
+        else:
+            made, report = in_rounds(model, asked, given, lambda whole, part, within: step(whole, part, within, judge))
     except PassFailed as error:
         raise GraphError(str(error), where=error.node, hint=error.hint) from error
     before, after = (cost_of(each, dims=given.dims) for each in (model, made))
@@ -243,7 +248,7 @@ def _recovered(whole: ir.Model, made: ir.Model, cut: Cut, asked: Prune, given: G
         )
     if given.fine_tune is not None:
         given.on_status("prune: fine-tuning")
-        given.fine_tune(whole, made)
+        given.fine_tune(whole, made, Round())
         drop = judge.drop(made)
         ways.append("fine-tuning")
     return _Recovered(made, tuple(ways), by_cut, drop, tuple(remarks))

@@ -105,6 +105,8 @@ class Prune(_Section):
     exclude: list[str] = []
     blocks: bool = True
     reconstruct: Literal["auto"] | bool = "auto"
+    finetune: Annotated[str, pydantic.Field(min_length=1)] | None = None
+    rounds: Annotated[int, pydantic.Field(ge=1, le=100)] = 1
 
     @pydantic.model_validator(mode="after")
     def _agrees(self) -> Prune:
@@ -135,7 +137,22 @@ class Prune(_Section):
                 raise InvalidInput(f"method {self.method} knows no {key}", hint="leave it out")
         if self.reconstruct is True and self.method == "low-rank":
             raise InvalidInput("low-rank is not reconstructed: with data it keeps what matters to the outputs")
+        if self.rounds > 1:
+            self._rounds_agree(given[0])
         return self
+
+    def _rounds_agree(self, aim: str) -> None:
+        if self.finetune is None:
+            raise InvalidInput(
+                f"rounds {self.rounds} trains after each cut, and there is no training loop",
+                hint="set finetune (--finetune FILE.py:FUNCTION), or leave rounds out",
+            )
+        if self.method == "low-rank" or aim not in ("ratio", "target_macs"):
+            what = "method low-rank" if self.method == "low-rank" else aim
+            raise InvalidInput(
+                f"rounds go from nothing to a ratio or to target_macs, which {what} does not",
+                hint="leave rounds out: training follows the one cut then",
+            )
 
     @property
     def aim(self) -> tuple[str, float | str]:
@@ -277,7 +294,13 @@ class Recipe(_Section):
                         "preprocessing": _without_folder(self.data.preprocessing),
                     }
                 ),
-                "prune": self.prune and self.prune.model_copy(update={"masks": _without_folder(self.prune.masks)}),
+                "prune": self.prune
+                and self.prune.model_copy(
+                    update={
+                        "masks": _without_folder(self.prune.masks),
+                        "finetune": _without_folder(self.prune.finetune),
+                    }
+                ),
                 "quantize": self.quantize.model_copy(
                     update={"calibration": _without_folder(self.quantize.calibration)}
                 ),

@@ -134,7 +134,8 @@ data:
 # target_macs and target_latency (0.5: half is left), max_drop (the most that may be lost). method weights sets single
 # weights to zero (ratio, pattern 2:4, masks), which makes files smaller and no dense runtime faster;
 # low-rank replaces layers by two smaller ones (ratio). With exclude, importance, scope, round_to, min_channels, and
-# blocks: whether the search may take out residual blocks as a whole
+# blocks: whether the search may take out residual blocks as a whole. finetune: FILE.py:FUNCTION trains what was cut, in
+# torch; with rounds, part by part
 prune: null
 # prune: {{method: channels, target_macs: 0.5}}
 

@@ -114,18 +114,19 @@ def explain(cause: BaseException, path: Path, *, error: type[Error]) -> Error:
     )
 
 
-def digest(path: Path) -> str:
+def digest(path: Path, *, named: bool = True) -> str:
     """SHA-256 over the file, the modules beside it that it imports (and theirs), and files that it names.
 
     A string in the source that is the path of a file, relative to the source or absolute, counts as
     named: ``torch.load(HERE / "weights.pth")`` makes the weights part of the digest. What is found
-    in other ways (the network, a path put together at run time) cannot be seen from here.
+    in other ways (the network, a path put together at run time) cannot be seen from here. ``named`` False leaves
+    such files out, for code that writes files of its own.
 
     Raises:
         OSError: a file cannot be read.
     """
     total = hashlib.sha256()
-    for file in sorted({path.resolve(), *_sources(path), *_named_files(path)}):
+    for file in sorted({path.resolve(), *_sources(path), *(_named_files(path) if named else ())}):
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256")
         total.update(f"{content.hexdigest()}  {os.path.relpath(file, path.resolve().parent)}\n".encode())

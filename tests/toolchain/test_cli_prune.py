@@ -62,9 +62,60 @@ def test_a_training_loop_gets_the_pruned_graph() -> None:
     assert not head.numpy().any()
 
 
+def test_rounds_go_on_where_they_were_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch", reason="fine-tuning needs torch")
+    Path("train.py").write_text(
+        "import pathlib, torch\n"
+        "def loop(module, round):\n"
+        "    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)\n"
+        "    x = torch.ones(4, 3, 12, 12)\n"
+        "    (module(x) - round.teacher(x)).square().mean().backward()\n"
+        "    optimizer.step()\n"
+        "    with open('seen', 'a') as file:\n"
+        "        file.write(f'{round.number}/{round.of} ')\n"
+        "    if pathlib.Path('stop').exists() and round.number == 2:\n"
+        "        raise RuntimeError('no more time')\n"
+    )
+    command = ["prune", "net.onnx", "-o", "out.onnx", "--ratio", "0.5", "--round-to", "1"]
+    command += ["--finetune", "train.py:loop", "--rounds", "3"]
+    Path("stop").touch()
+    assert run_app(app, command) == 2
+    assert "no more time" in capsys.readouterr().err
+    assert not Path("out.onnx").exists()
+    assert Path("out.onnx.rounds/round1.onnx").exists()
+    assert run_app(app, [*command, "--seed", "1"]) == 2
+    assert "rounds of another model, schedule or loop" in " ".join(capsys.readouterr().err.split())
+    Path("stop").unlink()
+    assert run_app(app, command) == 0
+    assert "round 3, ratio 0.5: the cut loses" in " ".join(capsys.readouterr().out.split())
+    assert Path("seen").read_text().split() == ["1/3", "2/3", "2/3", "3/3"]
+    assert list(read_onnx(Path("out.onnx")).graph.initializers["head"].shape or ()) == [5, 8]
+    assert not Path("out.onnx.rounds").exists()
+
+
+def test_rounds_that_fail_at_once_leave_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch", reason="fine-tuning needs torch")
+    Path("train.py").write_text("def loop(module):\n    raise KeyError('data')\n")
+    before = sorted(Path().iterdir())
+    command = ["prune", "net.onnx", "-o", "out.onnx", "--finetune", "train.py:loop", "--rounds", "2"]
+    assert run_app(app, [*command, "--ratio", "0.5"]) == 2
+    assert "train.py:2" in capsys.readouterr().err
+    assert run_app(app, [*command, "--ratio", "0.5", "--exclude", "one_x"]) == 2
+    assert run_app(app, [*command, "--ratio", "0.5", "--round-to", "32"]) == 2
+    assert [path for path in sorted(Path().iterdir()) if path.name != "__pycache__"] == before
+    Path("out.onnx.rounds").mkdir()
+    Path("out.onnx.rounds/notes.txt").touch()
+    assert run_app(app, [*command, "--ratio", "0.5"]) == 2
+    assert "holds something else: notes.txt" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in Path("out.onnx.rounds").iterdir()] == ["notes.txt"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ("--ratio 0.3 --rounds 3", "there is no training loop"),
+        ("--ratio 0.3 --rounds 0", "--rounds"),
+        ("--max-drop 0.1 --rounds 2 --finetune train.py:loop --data data.npz", "which max_drop does not"),
         ("--ratio 1.5", "--ratio"),
         ("--ratio 0.3 --target-macs 0.5", "exclude each other"),
         ("", "how much is to be cut?"),

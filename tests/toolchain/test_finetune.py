@@ -149,10 +149,18 @@ def test_the_users_loop_distils_and_masks_hold(tmp_path: Path) -> None:
 
 
 def rounds(folder: Path, loop: Any, dense: ir.Model | None = None, **more: Any) -> ir.Model:
+    whole = model() if dense is None else dense
+
+    def step(before: ir.Model, current: Round) -> ir.Model:
+        PruneChannels(ratio=current.amount)(before)
+        cut.append(len(weights(before)["b"]))
+        fine_tune(before, loop, dense=whole, current=current)
+        return before
+
+    cut: list[int] = more.pop("cut", [])
     return prune_in_rounds(
-        model() if dense is None else dense,
-        lambda ratio: PruneChannels(ratio=ratio),
-        loop,
+        whole,
+        step,
         final=0.5,
         rounds=3,
         folder=folder,
@@ -173,16 +181,16 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         rounds(tmp_path / "broken", interrupted)
     seen: list[tuple[int, bool]] = []
-    recovered: list[int] = []
+    left: list[int] = []
     resumed = rounds(
         tmp_path / "broken",
         interrupted,
         on_round=lambda current, done: seen.append((current.number, done)),
-        recover=lambda dense, pruned: recovered.append(len(weights(pruned)["b"])),
+        cut=left,
     )
     assert calls == [1, 2, 2, 3]
     assert seen == [(1, True), (2, False), (3, False)]
-    assert recovered == [4, 4]  # 8 channels: 0.35, 0.48 and 0.5 of them go
+    assert left == [4, 4]  # 8 channels: 0.35, 0.48 and 0.5 of them go
     assert weights(whole).keys() == weights(resumed).keys()
     for name, each in weights(whole).items():
         np.testing.assert_array_equal(each, weights(resumed)[name])
@@ -242,7 +250,7 @@ def test_folders_of_something_else_are_refused(tmp_path: Path) -> None:
 def test_damaged_checkpoints_are_said(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"garbage")
     with pytest.raises(DataError, match="checkpoint cannot be used"):
-        fine_tune(model(), lambda module, current: current.restore(module), folder=tmp_path)
+        fine_tune(model(), lambda module, current: current.restore(module), current=Round(folder=tmp_path))
 
 
 def test_a_loop_that_diverges_leaves_the_graph(tmp_path: Path) -> None:
