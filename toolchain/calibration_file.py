@@ -189,7 +189,7 @@ def _count(tree: dict[str, Any], key: str) -> int:
 def _range(name: str, entry: dict[str, Any]) -> TensorRange:
     values = {key: entry[key] for key in _NUMBERS}
     if not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= _LARGEST for v in values.values()):
-        raise ValueError(f"the range of {name!r} holds something else than finite float32 numbers")
+        raise ValueError(f"the range of {name!r} holds something else than finite numbers of float32")
     found = TensorRange(**{key: float(value) for key, value in values.items()}, method=str(entry["method"]))
     if found.low > found.high or found.amax < 0 or found.minimum > found.maximum:
         raise ValueError(f"the range of {name!r} is empty: {entry}")
