@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf import json_format, message_factory
+from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
 from toolchain.serving import describe, grpc_codec, model_config, wire
-from toolchain.serving.base import Hosted, ServingError, Unsupported
+from toolchain.serving.base import Hosted, InvalidRequest, ServingError, Unsupported
 from toolchain.serving.options import ServerOptions
 
 if TYPE_CHECKING:
@@ -73,8 +74,10 @@ class Servicer:
         for method in _SERVICE.methods:
             if method.name not in handlers:
                 handlers[method.name] = grpc.unary_unary_rpc_method_handler(
-                    self._call(answers.get(method.name) or _unsupported(method.name)),
-                    request_deserializer=message_factory.GetMessageClass(method.input_type).FromString,
+                    self._call(
+                        answers.get(method.name) or _unsupported(method.name),
+                        message_factory.GetMessageClass(method.input_type).FromString,
+                    ),
                     response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
                 )
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))
@@ -132,10 +135,13 @@ class Servicer:
         except Exception as error:  # noqa: BLE001 - one request's failure is told in its answer; the stream goes on
             return grpc_codec.stream_error(_explained(error)[1], identifier)
 
-    def _call(self, answer: Callable[[Any, str | None], Any]) -> Callable[..., Awaitable[Any]]:
-        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    def _call(
+        self, answer: Callable[[Any, str | None], Any], parse: Callable[[bytes], Any]
+    ) -> Callable[..., Awaitable[Any]]:
+        # Parsed here: what grpc.aio cannot parse it answers with UNKNOWN, and logs with a traceback.
+        async def call(message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
-                return answer(request, self._token(context))
+                return answer(_parsed(message, parse), self._token(context))
             except Exception as error:  # noqa: BLE001 - as in _infer
                 await context.abort(*_explained(error))
 
@@ -183,6 +189,13 @@ class Servicer:
         self._allow(None, token)
         entries = describe.index(self._served, ready=request.ready)
         return json_format.ParseDict({"models": entries}, service_pb2.RepositoryIndexResponse())
+
+
+def _parsed(message: bytes, parse: Callable[[bytes], Any]) -> Any:
+    try:
+        return parse(message)
+    except DecodeError:
+        raise InvalidRequest("the message is not that of this method") from None
 
 
 def _unsupported(method: str) -> Callable[[Any, str | None], Any]:

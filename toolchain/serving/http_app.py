@@ -58,7 +58,7 @@ class _App(fastapi.FastAPI):
             match scope["path"].split("/"):
                 case ["", "v2", "models", model, "infer"]:
                     return await self.infer(scope, receive, send, model, "")
-                case ["", "v2", "models", model, "versions", version, "infer"]:
+                case ["", "v2", "models", model, "versions", version, "infer"] if version:
                     return await self.infer(scope, receive, send, model, version)
         await super().__call__(scope, receive, send)
 
@@ -114,6 +114,7 @@ def make_app(served: Hosted, *, options: ServerOptions, auth: Auth | None = None
         version=describe.server()["version"],
         summary="Open Inference Protocol v2, and predictions for people without a client.",
         responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
+        redirect_slashes=False,  # a path that is almost right is wrong
     )
     app.infer = _Infer(served, options, auth)
     app.include_router(_health(served))

@@ -139,9 +139,13 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is no HTTP, or too large, in the form of all errors, and closes."""
-        if self.cycle is not None and not self.cycle.response_complete:  # another answer is under way
-            self.transport.close()
-            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            if self.cycle.response_started or self.pipeline:  # another answer is under way
+                self.transport.close()
+                return
+            # it is the body that is wrong: the application hears that the client is gone, and says nothing
+            self.cycle.response_complete = self.cycle.disconnected = True
+            self.cycle.message_event.set()
         start, body = answer(self._refusal or InvalidRequest("this is not HTTP/1.1"), close=True)
         headers = b"".join(name + b": " + value + b"\r\n" for name, value in start["headers"])
         self.transport.write(STATUS_LINE[start["status"]] + headers + b"\r\n" + body["body"])
@@ -172,9 +176,9 @@ class LimitedProtocol(HttpToolsProtocol):
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:  # it waits for the rest of the body
             if not cycle.response_started:
-                cycle.response_complete = True
                 self._refusal = RequestTimeout()
                 self.send_400_response("")
+                return
             cycle.disconnected = True
             cycle.message_event.set()
         self.transport.close()
