@@ -81,9 +81,10 @@ def fill(place: Path, folder: Path, compile: Compile) -> tuple[Any, str]:
         made = compile(folder)
         if not os.listdir(folder):
             return made, "not used: OpenVINO could not write it"
-        os.rename(folder, place)
-    except OSError:
-        return made, "written by another process meanwhile"
+        try:
+            os.rename(folder, place)
+        except OSError:
+            return made, "written by another process meanwhile"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     _evict(place)

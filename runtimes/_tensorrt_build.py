@@ -276,17 +276,19 @@ def _in_thread(work: Callable[[], Engine], monitor: Any) -> Engine:
             done.set()
 
     thread = threading.Thread(target=run, name="tensorrt-build")
-    thread.start()
     try:
+        thread.start()  # waits until the thread runs: it may be interrupted here too
         # an event, since Python 3.11 takes a thread for ended when its join() is interrupted
         while not done.wait(0.1):
             pass
     except BaseException:
         monitor.cancelled = True
-        done.wait()
+        if thread.ident is not None:
+            done.wait()
         raise
     finally:
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
     if failures:
         raise failures[0]
     return results[0]

@@ -405,7 +405,7 @@ class RuntimeContract:
             x = np.random.default_rng(index).integers(-3, 4, (index + 1, 64)).astype("float32")
             wanted = np.maximum(x @ w, 0)
             try:
-                while time.monotonic() < stop and not wrong:
+                while not (wrong or (rounds[index] and time.monotonic() > stop)):
                     if not np.array_equal(session.run({"x": x, "w": w})["y"], wanted):
                         wrong.append(index)
                     rounds[index] += 1

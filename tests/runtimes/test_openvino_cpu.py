@@ -18,7 +18,7 @@ import pytest
 from runtime_support import save_model, save_with_data
 
 import runtimes
-from runtimes import openvino_cpu
+from runtimes import _digests, _openvino_cache, openvino_cpu
 from runtimes.openvino_cpu import BACKEND
 
 if not (_state := BACKEND.probe()).available:
@@ -41,7 +41,7 @@ def load(path: Path, **options: Any) -> runtimes.Session:
 def settle(*paths: Path) -> None:
     """Waits until files are old enough to be known by their times."""
     newest = max(path.stat().st_ctime_ns for path in paths)
-    time.sleep(max(newest + openvino_cpu.TICK_NS + 5_000_000 - time.time_ns(), 0) / 1e9)
+    time.sleep(max(newest + _digests.TICK_NS + 5_000_000 - time.time_ns(), 0) / 1e9)
 
 
 # --- options
@@ -305,7 +305,7 @@ def test_the_least_recently_used_go_first(tmp_path: Path, cache: Path, monkeypat
     settle(*files)
     load(files[0])
     size = sum(path.stat().st_size for path in cache.rglob("*.blob"))
-    monkeypatch.setattr(openvino_cpu, "_CACHE_CAP", int(size * 2.5))
+    monkeypatch.setattr(_openvino_cache, "_CAP", int(size * 2.5))
     (first,) = cache.iterdir()
     load(files[1])
     (second,) = set(cache.iterdir()) - {first}
@@ -335,12 +335,12 @@ def test_a_full_disk_costs_time_only(tmp_path: Path, cache: Path, monkeypatch: p
 
 
 def test_what_others_are_writing_is_not_evicted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_cpu, "_CACHE_CAP", 2)
+    monkeypatch.setattr(_openvino_cache, "_CAP", 2)
     for name, age in (("tmp-young", 0), ("tmp-old", 7200)):
         (cache / name).mkdir(parents=True)
         (cache / name / "x.blob").write_bytes(bytes(100))
         os.utime(cache / name, (time.time() - age,) * 2)
-    openvino_cpu._evict(cache / "keep")
+    _openvino_cache._evict(cache / "keep")
     assert [path.name for path in cache.iterdir()] == ["tmp-young"]
 
 
