@@ -71,6 +71,13 @@ CASES = [
         {"y": np.full((4, 3), 2, "float32")},
     ),
     Case("read-only", _RELU, {"x": _FROZEN}, {"y": np.maximum(_X23, 0)}),
+    # Where an input has to be copied, the copy of the next must not take its place before the model has run.
+    Case(
+        "two-read-only",
+        "g (float[N, 3] a, float[N, 3] b) => (float[N, 3] y) { y = Sub(a, b) }",
+        {"a": _FROZEN, "b": np.broadcast_to(np.float32(2), (2, 3))},
+        {"y": _X23 - 2},
+    ),
     Case("unaligned", _RELU, {"x": _ODD}, {"y": np.maximum(_X23, 0)}),
     Case(
         "scalar",

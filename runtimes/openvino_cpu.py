@@ -162,7 +162,7 @@ class OpenVinoSession(Session):
     """A session on OpenVINO's CPU plug-in.
 
     A run takes an infer request from a free list, or makes one: there are as many as there were callers at once.
-    Inputs are read where they lie, so each request keeps the arrays of its last run alive until its next.
+    Inputs are read where they lie, so a run keeps their arrays alive until it ends.
 
     Args:
         made: an ``openvino.CompiledModel``.
@@ -193,8 +193,10 @@ class OpenVinoSession(Session):
         except IndexError:
             request = self._new_request()
         try:
+            kept = []  # a tensor holds the array that it was made of, which may be a copy; the request holds neither
             for index, name, tensor in self._takes:
-                request.set_input_tensor(index, tensor(checked[name]))
+                kept.append(given := tensor(checked[name]))
+                request.set_input_tensor(index, given)
             # The results are seen where OpenVINO has them, and copied before the request is anybody else's.
             views = request.infer(None, True, True).to_tuple()
             results = {name: array(view) for (name, array), view in zip(self._gives, views)}  # noqa: B905 - 80 ns
