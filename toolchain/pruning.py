@@ -116,7 +116,7 @@ def _report(asked: Prune, given: Given, judge: _Counting) -> PruneReport:
     name, value = asked.aim
     return PruneReport(
         method=asked.method,
-        asked=f"{name} {Path(str(value)).name}",
+        asked=f"{name} {Path(value).name if isinstance(value, str) else f'{value:.4g}'}",
         importance=asked.importance,
         metric=judge.judge.metric,
         data=given.data,
