@@ -17,6 +17,8 @@ def main() -> None:
 
         if arguments[:1] and arguments[0] in _LIGHT:
             from toolchain.cli_bundle import bundling as app
+        elif arguments[:1] == ["serve"]:
+            from toolchain.cli_serve import serving as app
         else:
             from toolchain.cli import app
     except KeyboardInterrupt:

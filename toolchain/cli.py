@@ -18,6 +18,7 @@ from toolchain.cli_codec import coding
 from toolchain.cli_debug import debugging
 from toolchain.cli_look import looking
 from toolchain.cli_prune import pruning
+from toolchain.cli_serve import serving
 from toolchain.errors import RecipeError
 from toolchain.recipe import from_dict
 from toolchain.render import bench_section, comparison_table, show
@@ -401,7 +402,8 @@ def bench(
 
 # Those that only look come after those that make something.
 app.registered_commands += pruning.registered_commands + coding.registered_commands
-app.registered_commands += bundling.registered_commands + calibrating.registered_commands + looking.registered_commands
+app.registered_commands += bundling.registered_commands + serving.registered_commands
+app.registered_commands += calibrating.registered_commands + looking.registered_commands
 app.registered_groups += looking.registered_groups + debugging.registered_groups
 
 

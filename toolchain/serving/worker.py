@@ -1,0 +1,61 @@
+"""Child process of ``supervisor.py``: one server, on ports that it shares with others.
+
+Standard input brings a line of JSON with what to serve, and ends when the supervisor does: a worker whose supervisor
+was killed drains and goes too. Standard output takes one line: the models when they are ready, or why they cannot be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from runtimes import Error
+from toolchain.serving.loop import run
+from toolchain.serving.options import ServerOptions
+from toolchain.serving.server import Ports, serve
+from toolchain.serving.supervisor import siblings
+
+
+def _leave_with_supervisor() -> None:
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _tell(**what: object) -> None:
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Serves until SIGTERM. Returns the exit code: 0, or 2 where it cannot serve."""
+    start = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_leave_with_supervisor, daemon=True).start()
+
+    def ready(ports: Ports) -> None:
+        _tell(index=ports.index)
+
+    try:
+        run(
+            serve(
+                Path(start["path"]),
+                ServerOptions.model_validate(start["options"]),
+                ready=ready,
+                control=Path(start["control"]),
+                siblings=siblings(Path(start["supervisor"])),
+            )
+        )
+    except Error as error:
+        _tell(error=str(error))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the thread that waits for standard input would hold up the interpreter
