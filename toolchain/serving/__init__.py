@@ -2,7 +2,7 @@
 
 One way through it::
 
-    HTTP, gRPC ─decode→ Request ─Models.infer (which version?)→ Batcher.infer (with whom?) ─Session.run→ Response ─encode→
+    HTTP, gRPC ─decode→ Request ─Models.infer (which version?)→ Batcher (with whom?) ─Session.run→ Response ─encode→
 
 Nothing here is imported by the rest of the toolchain; ``toolchain serve`` (``cli_serve.py``) is the way in.
 """

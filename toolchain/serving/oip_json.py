@@ -251,7 +251,7 @@ def _outputs(
     tree: dict[str, Any], parameters: Mapping[str, Any], info: ModelInfo
 ) -> tuple[tuple[str, ...], frozenset[str]]:
     default = _flag(parameters, "binary_data_output", False, "the request")
-    entries = [_entry(entry, "output") for entry in _list(tree, "outputs")] if tree.get("outputs") else []
+    entries = [_entry(entry, "output") for entry in _list(tree, "outputs")] if tree.get("outputs") is not None else []
     if not entries:
         names = frozenset(spec.name for spec in info.outputs) if default else frozenset()
         _check_json_form(info, (), names)
