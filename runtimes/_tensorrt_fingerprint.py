@@ -59,7 +59,7 @@ def check_version(api: Api, compiled: Compiled, file: Path, command: str) -> Non
     if not api.flavor.any_os:
         here["os"] = sys.platform
     for field, value in here.items():
-        if built[field] == value:
+        if built[field] == value or (field == "machine" and processor(built[field]) == processor(value)):
             continue
         if field == "version" and options.get("version_compatible") and _later(value, built[field]):
             continue
@@ -76,6 +76,12 @@ def check_version(api: Api, compiled: Compiled, file: Path, command: str) -> Non
             where=str(file),
             hint=f"install a driver for CUDA {needed}",
         )
+
+
+def processor(machine: str) -> str:
+    """One name for what ``platform.machine()`` calls differently on Linux, Windows and macOS."""
+    name = machine.lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
 def _later(here: str, built: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from runtimes import InvalidInput
 from runtimes._manifest import Variant
+from runtimes._tensorrt_fingerprint import processor
 
 #: What happens to a variant: it goes as it is, without its prepared form, as a graph to be built, or not at all.
 Fate = Literal["whole", "portable", "to compile", "left out"]
@@ -28,7 +29,7 @@ class Platform:
     Attributes:
         name: as ``--for`` takes it.
         system: ``sys.platform`` there.
-        machine: ``platform.machine()`` there, in lower case.
+        machine: its processor, as Linux names it.
         runtimes: the backends that exist there, as their makers publish them.
         ort_format: whether reduced builds of ONNX Runtime, which read ORT format only, are usual there.
         arm: whether ORT format is written for ARM kernels.
@@ -83,7 +84,7 @@ PLATFORMS: Mapping[str, Platform] = {
         Platform(
             name="windows-x86_64",
             system="win32",
-            machine="amd64",
+            machine="x86_64",
             runtimes=("ort-cpu", "ort-cuda", "openvino-cpu", "tensorrt", "tensorrt-rtx"),
         ),
     )
@@ -132,7 +133,7 @@ def build_options(variant: Variant) -> dict[str, Any]:
 def _misfit(variant: Variant, platform: Platform) -> str | None:
     """Why a prepared form cannot be loaded there; None where it may be, which the device then says for sure."""
     bound = variant.fingerprint
-    machine = bound.get("machine", "").lower()
+    machine = processor(bound.get("machine", ""))
     if machine and machine != platform.machine:
         return f"it was made on {machine}"
     # TensorRT-RTX's engines run on Windows and on Linux, says its documentation of portability.

@@ -242,7 +242,8 @@ def test_rtx_engines_travel_between_linux_and_windows(tmp_path: Path, monkeypatc
     compiled = compile_text(tmp_path, FIXED)
     on_machine(monkeypatch, ADA)
     catch_sessions(monkeypatch)
-    other = dataclasses.replace(compiled, fingerprint={**compiled.fingerprint, "os": "win32"})
+    other = dataclasses.replace(compiled, fingerprint={**compiled.fingerprint, "os": "win32", "machine": "AMD64"})
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert RTX.load(other) == "a session"
 
 

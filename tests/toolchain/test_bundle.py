@@ -169,6 +169,22 @@ def test_an_engine_goes_along_where_it_fits_else_as_a_recipe(
         }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("machine", "fate"), [("x86_64", "whole"), ("AMD64", "whole"), ("aarch64", "to compile"), ("arm64", "to compile")]
+)
+def test_an_rtx_engine_travels_to_windows(artifact: Path, tmp_path: Path, machine: str, fate: str) -> None:
+    """What Linux calls x86_64 is AMD64 there."""
+
+    def change(variants: dict[str, Any], root: Path) -> None:
+        add_engine(variants, root)
+        entry = variants["tensorrt-fp16"]["executor_info"]["toolchain"]
+        entry["target"] = "tensorrt-rtx"
+        entry["fingerprint"]["machine"] = machine
+
+    done = made(rewritten(artifact, tmp_path / "a", change), tmp_path / "a.tar", platform="windows-x86_64")
+    assert {c.variant.name: c.fate for c in done.choices} == {"tensorrt-fp16": fate, "ort-cpu-fp32": "portable"}
+
+
 def test_nothing_that_runs_there_is_no_bundle(artifact: Path, tmp_path: Path) -> None:
     def only_engine(variants: dict[str, Any], root: Path) -> None:
         add_engine(variants, root)
