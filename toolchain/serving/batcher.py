@@ -347,7 +347,7 @@ class Batcher:
             return
         now = time.monotonic_ns()
         self._count_run(sum(waiting.rows for waiting in batch), run)
-        self._controller.answered([now - waiting.queued_ns for waiting in batch])
+        self._controller.answered([waiting.queued_ns for waiting in batch], now)
         for waiting, outputs in zip(batch, run.outputs, strict=True):
             if not waiting.answer.done():
                 self._count_success(run, waiting.received_ns, now)
