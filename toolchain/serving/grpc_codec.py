@@ -244,7 +244,7 @@ def _field(tag: bytes, data: bytes | memoryview) -> list[bytes | memoryview]:
 def _answer_header(response: Response) -> bytes:
     header = service_pb2.ModelInferResponse(model_name=response.model, model_version=response.version)
     for name, array in response.outputs.items():
-        header.outputs.add(name=name, datatype=wire.datatype_of(array), shape=array.shape)
+        header.outputs.add(name=name, datatype=wire.name_of(array.dtype), shape=array.shape)
     written: bytes = header.SerializeToString()
     return written
 

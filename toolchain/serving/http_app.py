@@ -70,6 +70,7 @@ class _Infer:
         self._served = served
         self._max_bytes = options.max_request_bytes
         self._decoder = oip_json.Decoder(max_bytes=options.max_request_bytes)
+        self._encoder = oip_json.Encoder()
         self._auth = auth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send, model: str, version: str) -> None:
@@ -84,11 +85,10 @@ class _Infer:
             request, binary = self._decoder.read(
                 body, None if size is None else _header_size(size), info, version=version, received_ns=received_ns
             )
-            parts, header_size = oip_json.write(await self._served.infer(request), binary)
+            answer, header_size = self._encoder.write(await self._served.infer(request), binary)
         except Exception as error:  # noqa: BLE001 - whatever it is, the client is answered; _explained logs it
             await _send_error(send, error)
             return
-        answer = b"".join(parts)
         head = [(b"content-type", _JSON if header_size is None else b"application/octet-stream")]
         if header_size is not None:
             head.append((b"inference-header-content-length", b"%d" % header_size))

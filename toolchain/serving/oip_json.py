@@ -138,33 +138,55 @@ def dump_json(values: Any, *, numbers: str = "constants") -> bytes:
     return pydantic_core.to_json(values, inf_nan_mode=numbers)  # type: ignore[arg-type]
 
 
-def write(response: Response, binary: frozenset[str]) -> tuple[list[bytes | memoryview], int | None]:
-    """An answer as the parts of its body, and the size of its JSON where binary data follows that.
+class Encoder:
+    """Writes answers. Used on one thread. The JSON of answers that are all binary is remembered by their shapes."""
 
-    Args:
-        response: what the model gave.
-        binary: the outputs to write in binary; the others are lists of numbers, row by row.
-    """
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], bytes] = {}
+
+    def write(self, response: Response, binary: frozenset[str]) -> tuple[bytes, int | None]:
+        """An answer as a body, and the size of its JSON where binary data may follow that.
+
+        Args:
+            response: what the model gave.
+            binary: the outputs to write in binary; the others are lists of numbers, row by row.
+        """
+        if not binary:
+            return _with_id(_tree(response, binary), response.id), None
+        data = [wire.to_bytes(array) for name, array in response.outputs.items() if name in binary]
+        if len(data) == len(response.outputs):
+            key = (
+                response.model,
+                response.version,
+                *[(name, array.dtype, array.shape) for name, array in response.outputs.items()],
+                # Of strings the shape does not say how long they are.
+                *[len(raw) for raw in data],
+            )
+            text = self._known.get(key)
+            if text is None:
+                if len(self._known) >= _REMEMBERED:
+                    self._known.clear()
+                text = self._known[key] = _tree(response, binary)
+        else:
+            text = _tree(response, binary)
+        text = _with_id(text, response.id)
+        return b"".join((text, *data)), len(text)
+
+
+def _tree(response: Response, binary: frozenset[str]) -> bytes:
     outputs: list[dict[str, Any]] = []
-    data: list[bytes | memoryview] = []
     for name, array in response.outputs.items():
-        output: dict[str, Any] = {
-            "name": name,
-            "datatype": wire.datatype_of(array),
-            "shape": list(array.shape),
-        }
+        output: dict[str, Any] = {"name": name, "datatype": wire.name_of(array.dtype), "shape": array.shape}
         if name in binary:
-            raw = wire.to_bytes(array)
-            output["parameters"] = {"binary_data_size": len(raw)}
-            data.append(raw)
+            output["parameters"] = {"binary_data_size": len(wire.to_bytes(array))}
         else:
             output["data"] = array.reshape(-1).tolist()
         outputs.append(output)
-    tree: dict[str, Any] = {"model_name": response.model, "model_version": response.version, "outputs": outputs}
-    if response.id:
-        tree["id"] = response.id
-    text = dump_json(tree)
-    return [text, *data], len(text) if binary else None
+    return dump_json({"model_name": response.model, "model_version": response.version, "outputs": outputs})
+
+
+def _with_id(text: bytes, identifier: str) -> bytes:
+    return b'%s,"id":%s}' % (text[:-1], dump_json(identifier)) if identifier else text
 
 
 def _raw(info: ModelInfo, size: int, max_bytes: int) -> _Header:

@@ -6,6 +6,7 @@ the bytes (Triton's binary tensor data extension, https://github.com/triton-infe
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import struct
@@ -20,6 +21,10 @@ from toolchain.serving.tensors import DTYPES, MAX_RANK, NAMES
 
 #: Beyond this a wait is as good as endless, and sums of it stay far from any limit: a year.
 _LONGEST_US = 365 * 24 * 3600 * 1_000_000
+#: Bytes of a tensor that are copied rather than looked at through a view.
+_SMALL = 4096
+#: numpy's kinds of dtypes that hold strings.
+_TEXT = "OUST"
 #: Parts of the protocol that carry state between requests, or memory between processes. None of them is served.
 _REFUSED = {
     "sequence_id": "sequences are not served",
@@ -38,6 +43,7 @@ def message(error: Error) -> str:
     return "; ".join(parts)
 
 
+@functools.cache
 def numpy_dtype(datatype: str) -> np.dtype[Any]:
     """The numpy dtype of one of the protocol's names but BYTES. Raises Unsupported where numpy lacks it."""
     if datatype == "BF16":
@@ -58,14 +64,10 @@ def datatype(spec: TensorSpec) -> str:
     return name
 
 
-def datatype_of(array: np.ndarray) -> str:
-    """The protocol's name of an array's element type; strings are BYTES."""
-    return "BYTES" if is_text(array) else NAMES[array.dtype.name]
-
-
-def is_text(array: np.ndarray) -> bool:
-    """Whether it holds strings, in whatever form numpy keeps them."""
-    return array.dtype.kind in "OUST"
+@functools.cache
+def name_of(dtype: np.dtype[Any]) -> str:
+    """The protocol's name of a numpy dtype; strings, in whatever form numpy keeps them, are BYTES."""
+    return "BYTES" if dtype.kind in _TEXT else NAMES[dtype.name]
 
 
 def dims(spec: TensorSpec) -> list[int]:
@@ -103,10 +105,12 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview)
 
 def to_bytes(array: np.ndarray) -> bytes | memoryview:
     """A tensor's bytes as the protocol has them; without a copy where it lies row by row."""
-    if is_text(array):
+    if array.dtype.kind in _TEXT:
         return _bytes_from_strings(array)
-    flat = np.ascontiguousarray(array).reshape(-1)
-    return flat.view(np.uint8).data if flat.size else b""
+    # tobytes() copies, which costs less than a view below some kilobytes.
+    if array.nbytes < _SMALL:
+        return array.tobytes()
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def from_numbers(name: str, datatype: str, shape: Sequence[int] | None, data: object) -> np.ndarray:

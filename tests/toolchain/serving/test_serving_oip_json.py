@@ -257,11 +257,11 @@ def test_every_error_has_a_status_below_500_or_501() -> None:
 
 def test_an_answer_in_json() -> None:
     outputs = {"y": np.array([[1.5, np.nan], [np.inf, -np.inf]], np.float32), "t": np.array(["a", "ü"], object)}
-    parts, size = oip_json.write(Response("m", "2", outputs, "id"), frozenset())
+    body, size = oip_json.Encoder().write(Response("m", "2", outputs, 'an "id"'), frozenset())
     assert size is None
     # Numbers that JSON lacks are written as Triton writes them: its clients read them, as Python does.
-    tree = json.loads(b"".join(parts))
-    assert (tree["model_name"], tree["model_version"], tree["id"]) == ("m", "2", "id")
+    tree = json.loads(body)
+    assert (tree["model_name"], tree["model_version"], tree["id"]) == ("m", "2", 'an "id"')
     y, t = tree["outputs"]
     assert (y["name"], y["datatype"], y["shape"]) == ("y", "FP32", [2, 2])
     np.testing.assert_array_equal(np.array(y["data"], np.float32), outputs["y"].reshape(-1))
@@ -270,11 +270,33 @@ def test_an_answer_in_json() -> None:
 
 def test_an_answer_with_binary_data() -> None:
     y, z = np.arange(3, dtype=np.int16), np.array([2.5], np.float16)
-    parts, size = oip_json.write(Response("m", "1", {"y": y, "j": y, "z": z}), frozenset({"y", "z"}))
-    body = b"".join(parts)
+    body, size = oip_json.Encoder().write(Response("m", "1", {"y": y, "j": y, "z": z}), frozenset({"y", "z"}))
     assert size is not None
     tree = json.loads(body[:size])
     assert "id" not in tree
     assert [output.get("parameters", {}).get("binary_data_size") for output in tree["outputs"]] == [6, None, 2]
     assert tree["outputs"][1]["data"] == [0, 1, 2]
     assert body[size:] == y.tobytes() + z.tobytes()
+
+
+def test_what_is_remembered_of_answers_is_never_wrong() -> None:
+    encoder = oip_json.Encoder()
+    answers = [
+        Response("m", "1", {"y": np.ones((1, 2), np.float32)}, "1"),
+        Response("m", "1", {"y": np.ones((1, 2), np.float32)}),
+        Response("m", "1", {"y": np.zeros((1, 2), np.float32)}, "2"),
+        Response("m", "2", {"y": np.ones((1, 2), np.float32)}),
+        Response("m", "1", {"y": np.ones((2, 1), np.float32)}),
+        Response("m", "1", {"y": np.ones((1, 2), np.int32)}),
+        Response("m", "1", {"y": np.array([["a", "b"]], object)}),
+        Response("m", "1", {"y": np.array([["a", "longer"]], object)}),
+    ]
+    for answer in answers * 2:
+        body, size = encoder.write(answer, frozenset({"y"}))
+        assert (body, size) == oip_json.Encoder().write(answer, frozenset({"y"}))
+        assert size is not None
+        tree = json.loads(body[:size])
+        assert (tree["model_version"], tree.get("id", "")) == (answer.version, answer.id)
+        (output,) = tree["outputs"]
+        assert output["shape"] == list(answer.outputs["y"].shape)
+        assert output["parameters"]["binary_data_size"] == len(body) - size

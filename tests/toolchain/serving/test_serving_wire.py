@@ -28,7 +28,7 @@ from toolchain.serving.base import InvalidRequest, Overloaded, Unsupported
     ids=lambda array: array.dtype.name,
 )
 def test_bytes_there_and_back(array: np.ndarray) -> None:
-    name = wire.datatype_of(array)
+    name = wire.name_of(array.dtype)
     assert name == triton.np_to_triton_dtype(array.dtype)
     raw = bytes(wire.to_bytes(array))
     assert raw == array.tobytes()
@@ -105,7 +105,7 @@ def test_too_few_bytes() -> None:
 )
 def test_numbers(datatype: str, shape: tuple[int, ...] | None, data: object, expected: object) -> None:
     array = wire.from_numbers("x", datatype, shape, data)
-    assert wire.datatype_of(array) == datatype
+    assert wire.name_of(array.dtype) == datatype
     if shape is not None:
         assert array.shape == shape
     assert array.tolist() == expected
