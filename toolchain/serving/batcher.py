@@ -44,6 +44,15 @@ _MOST_ON_LOOP = 200_000
 _SHAPES = 4096
 
 
+def reason(error: ServingError | asyncio.CancelledError) -> Reason:
+    """What a failed request is counted as."""
+    if isinstance(error, asyncio.CancelledError):
+        return "CANCELED"
+    if isinstance(error, Overloaded | DeadlineExceeded | Unavailable):
+        return "REJECTED"
+    return "BACKEND" if isinstance(error, ModelFailed) else "OTHER"
+
+
 class Batcher:
     """The queue of one version of a model.
 
@@ -229,12 +238,7 @@ class Batcher:
             waiting.answer.set_exception(error)
 
     def _count_failure(self, error: ServingError, total_ns: int) -> None:
-        reason: Reason = "OTHER"
-        if isinstance(error, Overloaded | DeadlineExceeded | Unavailable):
-            reason = "REJECTED"
-        elif isinstance(error, ModelFailed):
-            reason = "BACKEND"
-        self._statistics.rejected(reason, total_ns=total_ns)
+        self._statistics.rejected(reason(error), total_ns=total_ns)
 
     def _tell_drained(self) -> None:
         if self._drained and not self.pending:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import time
 import uuid
 
 from runtimes import Session
 from toolchain.serving.adaptive import Controller
-from toolchain.serving.base import ModelInfo, Request, Response
-from toolchain.serving.batcher import Batcher
+from toolchain.serving.base import ModelInfo, Request, Response, ServingError
+from toolchain.serving.batcher import Batcher, reason
 from toolchain.serving.options import ModelOptions
 from toolchain.serving.result_cache import ResultCache
 from toolchain.serving.statistics import Statistics
@@ -105,7 +106,11 @@ class Loaded:
         began = time.monotonic_ns()
         key = await cache.key(request, version=self.info.version, artifact=self._artifact)
         looked = time.monotonic_ns() - began
-        outputs, cached = await cache.answer(key, request, self._batcher.infer)
+
+        def failed(error: ServingError | asyncio.CancelledError) -> None:
+            self.statistics.rejected(reason(error), total_ns=time.monotonic_ns() - (request.received_ns or began))
+
+        outputs, cached = await cache.answer(key, request, self._batcher.infer, failed=failed)
         if cached:
             total = time.monotonic_ns() - (request.received_ns or began)
             self.statistics.answered_from_cache(total_ns=total, lookup_ns=looked)

@@ -93,11 +93,19 @@ class ResultCache:
         key: bytes,
         request: Request,
         compute: Callable[[Request], Awaitable[Response]],
+        *,
+        failed: Callable[[ServingError | asyncio.CancelledError], None],
     ) -> tuple[Mapping[str, np.ndarray], bool]:
         """The outputs for a request, computed if need be, and whether they were there.
 
         What fails because of the request itself fails for all that ask the same; what one of them suffers alone, such
         as its deadline, makes the next one compute.
+
+        Args:
+            key: of the request.
+            request: what is asked.
+            compute: answers it, and counts it where that fails.
+            failed: counts it where it fails because of what another one computes.
 
         Raises:
             ServingError: as ``compute`` does; DeadlineExceeded too while it waits for another's computing.
@@ -111,9 +119,13 @@ class ResultCache:
             if flight is None:
                 self._misses += 1
                 return await self._compute(key, request, compute), False
-            found = await _followed(flight, request.deadline_ns)
-            if isinstance(found, ServingError):
-                raise type(found)(found.what, where=found.where, hint=found.hint)
+            try:
+                found = await _followed(flight, request.deadline_ns)
+                if isinstance(found, ServingError):
+                    raise type(found)(found.what, where=found.where, hint=found.hint)
+            except (ServingError, asyncio.CancelledError) as error:
+                failed(error)
+                raise
             if found is not None:
                 self._shared += 1
                 return found, True

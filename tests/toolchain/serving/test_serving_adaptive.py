@@ -145,7 +145,7 @@ def test_it_follows_a_model_that_changes() -> None:
     assert adapt.limit(1 << 20) == 64
     simulate(adapt, linear(0, 2), rate=1000, seconds=20)
     assert adapt.limit(1 << 20) <= 2
-    simulate(adapt, linear(10, 0.1), rate=8000, seconds=20)
+    simulate(adapt, linear(10, 0.1), rate=4500, seconds=50)
     assert adapt.limit(1 << 20) >= 32
 
 
