@@ -103,6 +103,8 @@ class Work:
 def tools(case: Case, python: str | None) -> list[tuple[str, dict[str, Any]]]:
     """What makes an INT8 file: a name, and the job without ``model``, ``samples`` and ``write``."""
     found: list[tuple[str, dict[str, Any]]] = [("ours", {"do": "ours", "dialect": "ort-cpu"})]
+    if case.transformer:
+        found.append(("ours, as NNCF", {"do": "ours_tools"}))  # SmoothQuant and bias correction
     found += [(f"onnxruntime {method}", {"do": "onnxruntime_static", "method": method}) for method in METHODS]
     if python:
         found.append(("NNCF", {"do": "nncf", "python": python, "transformer": case.transformer}))
