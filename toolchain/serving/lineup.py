@@ -15,6 +15,7 @@ change. The old version stays in memory until its last answer is out, and throug
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import datetime
 import logging
@@ -112,6 +113,7 @@ class Lineup:
         self._retiring: set[asyncio.Task[None]] = set()
         #: what was in service just now and took other inputs: requests that were read for it are still to come
         self._former: Entry | None = None
+        self._stopping = asyncio.Event()
 
     @property
     def name(self) -> str:
@@ -214,6 +216,10 @@ class Lineup:
             failed, stable = self.candidate, self.stable
             self._end_trial()
             self._rejected[failed.key] = _Rejected(f"rolled back: {why}", None)
+            for one in self.found.versions:  # what lies between is not proved either, and nobody asked for it
+                if stable.version.number < one.number < failed.version.number:
+                    passed_over = _Rejected(f"passed over: version {failed.version.number} was rolled back", None)
+                    self._rejected.setdefault(entry_key(one, self.options), passed_over)
             self._note(failed, stable, "rolled back", why)
             self._retire(failed)
             self.reconcile()
@@ -250,6 +256,7 @@ class Lineup:
 
     async def stop(self) -> None:
         """Ends what goes on in the background, and all versions."""
+        self._stopping.set()
         if going := [task for task in (self._task, *self._beside) if task is not None]:
             for task in going:
                 task.cancel()
@@ -275,7 +282,7 @@ class Lineup:
             rows[number] = ("UNAVAILABLE", why)
         for entry in self.entries:
             word = "on trial" if entry is self.candidate else ""
-            rows[entry.version.number] = (entry.state, entry.reason or word)
+            rows[entry.version.number] = (entry.state, entry.reason or word or self.found.problem)
         return [
             {
                 "name": self.name,
@@ -504,7 +511,8 @@ class Lineup:
 
     async def _end(self, entry: Entry) -> None:
         if entry is self._former:
-            await asyncio.sleep(_FORMER_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), _FORMER_S)
             if entry is self._former:
                 self._former = None
         await self._residency.retire(entry)

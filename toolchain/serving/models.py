@@ -83,7 +83,6 @@ class Models:
         self._tasks: list[asyncio.Task[None]] = []
         self._shadows: set[asyncio.Task[None]] = set()
         self._relief: Counter[str] = Counter()
-        self._share = 1.0
         self._last_step = 0.0
         self._stopping = False
 
@@ -160,7 +159,7 @@ class Models:
             "predicted_bytes": self._watch.predicted(),
             "relief": self._watch.level.name.lower(),
             "room_bytes": None if room == float("inf") else round(room),
-            "batch_share": self._share,
+            "batch_share": self._residency.share,
             "models": by_model(self._residency.entries),
             **{name: self._residency.counts[name] for name in ("loads", "evictions", "prefetches")},
             **{name: self._relief[name] for name in ("shrinks", "relief_evictions", "refusals")},
@@ -436,11 +435,11 @@ class Models:
         if now - self._last_step < _STEP_S:
             return
         everything = [entry.loaded for entry in self._residency.entries if entry.loaded is not None]
-        if level >= Relief.SHRINK and self._share > _LEAST_SHARE:
+        if level >= Relief.SHRINK and self._residency.share > _LEAST_SHARE:
             self._last_step = now
-            self._share /= 2
+            self._residency.share /= 2
             self._relief["shrinks"] += 1
-            _log.warning("memory: batches are cut to %.0f %%", self._share * 100)
+            _log.warning("memory: batches are cut to %.0f %%", self._residency.share * 100)
             for loaded in everything:
                 loaded.shrink(0.5)
             if self._cache is not None:
@@ -451,10 +450,10 @@ class Models:
                 self._last_step = now
                 self._relief["relief_evictions"] += 1
                 await self._residency.evict(victim, "memory is short")
-        elif level is Relief.NONE and self._share < 1:
+        elif level is Relief.NONE and self._residency.share < 1:
             self._last_step = now
-            self._share = min(self._share * 2, 1.0)
-            _log.info("memory: batches may be %.0f %% again", self._share * 100)
+            self._residency.share = min(self._residency.share * 2, 1.0)
+            _log.info("memory: batches may be %.0f %% again", self._residency.share * 100)
             for loaded in everything:
                 loaded.grow()
 

@@ -143,6 +143,8 @@ class Residency:
         resident: Callable[[], int] = memory.resident_bytes,
     ) -> None:
         self.cap = cap
+        #: of their largest batch that versions may have now: less than 1 while memory is short
+        self.share = 1.0
         self.counts: Counter[str] = Counter()
         self.entries: set[Entry] = set()
         #: is called after something large was loaded or freed
@@ -304,6 +306,8 @@ class Residency:
             except Error:
                 made.session.close()
                 raise
+            if self.share < 1:
+                loaded.shrink(self.share)
         except BaseException as error:
             entry.state = "UNAVAILABLE"
             entry.reason = error.what if isinstance(error, Error) else f"loading failed: {error!r}"

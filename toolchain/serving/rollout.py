@@ -5,13 +5,15 @@ one-sided confidence of 99 %, asked after every quarter of a second:
 
 *Errors.* The new version is rolled back when the lower bound of its error rate (the score interval of Wilson 1927) is
 above ``max_error_rate`` and above the upper bound of the old version's rate: a poisoned request or an overload that
-both suffer from is nobody's fault. A lone failure decides nothing: there have to be three.
+both suffer from is nobody's fault.
 
 *Latency.* That the 99th percentile lies beyond a bound means that more than 1 % of requests do. So the new version is
 rolled back when the lower bound of the share of its requests that took longer than ``max_p99_ratio`` times the old
 version's 99th percentile is above 1 %. This is the test of a quantile by counting (Conover 1999, section 3.2), the same
 as MLPerf's early stopping uses; it says no after four slow requests of a hundred, and needs no 662 to do so. The old
 version's percentile is read from its last 2000 requests, of which there have to be a hundred.
+
+One or two failed or slow requests decide nothing: since the question is asked often, there have to be three.
 
 The trial is passed after ``trial_seconds`` and ``trial_requests`` without either.
 """
@@ -30,7 +32,7 @@ from toolchain.serving.options import Rollout
 WINDOW = 2000
 #: One-sided 99 % of the normal distribution.
 _Z = 2.326
-_LEAST_FAILURES = 3
+_LEAST = 3
 #: Requests that the old version's percentile or error rate is read from, at least.
 _LEAST_OLD = 100
 
@@ -127,7 +129,7 @@ class Trial:
     def verdict(self, now_ns: int) -> Verdict | None:
         """How the trial ended; None while it goes on."""
         new, old, options = self.new, self.old, self.options
-        if new.failures >= _LEAST_FAILURES:
+        if new.failures >= _LEAST:
             normal = _bounds(old.failures, old.count)[1] if old.count >= _LEAST_OLD else 0.0
             if _bounds(new.failures, new.count)[0] > max(options.max_error_rate, normal):
                 return Verdict(
@@ -140,7 +142,7 @@ class Trial:
             bound = p99 * options.max_p99_ratio
             hanging = sum(1 for began in self.running.values() if now_ns - began > bound)
             slow, count = new.slower_than(bound) + hanging, new.count + hanging
-            if _bounds(slow, count)[0] > 0.01:
+            if slow >= _LEAST and _bounds(slow, count)[0] > 0.01:
                 return Verdict(
                     False,
                     f"{slow} of {count} requests took more than {options.max_p99_ratio:g} times the old version's "
