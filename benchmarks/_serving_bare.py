@@ -1,6 +1,6 @@
 """The least that a server can do: grpc.aio on tritonclient's stubs, or one ASGI route on uvicorn, and a session.
 
-    python benchmarks/_serving_bare.py grpc|http MODEL.onnx PORT
+    python benchmarks/_serving_bare.py grpc|http MODEL.onnx PORT [THREADS]
 
 No batching, no queue, no checks, no statistics, one model with one float32 input and one output: what is left is the
 transport and the runtime, so it is the ceiling that ``toolchain serve`` is measured against.
@@ -17,18 +17,18 @@ import numpy as np
 import onnxruntime
 
 
-def open_session(path: str) -> onnxruntime.InferenceSession:
+def open_session(path: str, threads: int = 1) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-async def serve_grpc(path: str, port: int) -> None:
+async def serve_grpc(path: str, port: int, threads: int) -> None:
     import grpc
     from tritonclient.grpc import service_pb2 as pb
     from tritonclient.grpc import service_pb2_grpc
 
-    session = open_session(path)
+    session = open_session(path, threads)
     name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
 
     class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -51,10 +51,10 @@ async def serve_grpc(path: str, port: int) -> None:
     await server.wait_for_termination()
 
 
-def serve_http(path: str, port: int) -> None:
+def serve_http(path: str, port: int, threads: int) -> None:
     import uvicorn
 
-    session = open_session(path)
+    session = open_session(path, threads)
     name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -88,10 +88,11 @@ def serve_http(path: str, port: int) -> None:
 
 def main() -> None:
     protocol, path, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    threads = int(sys.argv[4]) if len(sys.argv) > 4 else 1
     if protocol == "grpc":
-        asyncio.run(serve_grpc(path, port))
+        asyncio.run(serve_grpc(path, port, threads))
     else:
-        serve_http(path, port)
+        serve_http(path, port, threads)
 
 
 if __name__ == "__main__":

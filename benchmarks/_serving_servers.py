@@ -177,10 +177,10 @@ def ours(path: Path, job: Job, *options: str, name: str = "toolchain") -> contex
     return running(name, command, {"http": http, "json": http, "grpc": grpc}, job)
 
 
-def bare(protocol: str, model: Path, job: Job) -> contextlib.AbstractContextManager[Server]:
-    """The least that a server can do (``_serving_bare.py``)."""
+def bare(protocol: str, model: Path, job: Job, *, threads: int = 1) -> contextlib.AbstractContextManager[Server]:
+    """The least that a server can do (``_serving_bare.py``); 0 threads is ONNX Runtime's own choice."""
     port = free_port()
-    command = [sys.executable, str(HERE / "_serving_bare.py"), protocol, str(model), str(port)]
+    command = [sys.executable, str(HERE / "_serving_bare.py"), protocol, str(model), str(port), str(threads)]
     return running("bare", command, {protocol: port}, job)
 
 

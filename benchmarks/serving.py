@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -109,13 +110,24 @@ def batching(options: argparse.Namespace) -> dict[str, Any]:
     job = model_job(artifact, options)
     slo = options.slo_p99_ms
     rounds: list[dict[str, Any]] = []
-    with ours(artifact, job, "--slo-p99-ms", str(slo), *options.serve) as server:
+    with contextlib.ExitStack() as stack:
+        served = artifact
+        if options.serving_yaml:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            served = folder / "models"
+            shutil.copytree(artifact, served / artifact.name / "1")
+            (served / artifact.name / "serving.yaml").write_text(options.serving_yaml)
+        more = ["--slo-p99-ms", str(slo)] if slo else []
+        server = stack.enter_context(ours(served, job, *more, *options.serve.split()))
+        plain = None
+        if options.graph:
+            plain = stack.enter_context(bare(options.protocol, options.graph.resolve(), job, threads=0))
         for _ in range(options.rounds):
-            session = bare_session(artifact, job.shape, options.seconds / 4)
-            closed = {}
-            for concurrency in options.concurrency:
-                closed[concurrency] = load(server, dataclasses.replace(job, concurrency=concurrency))
-            rounds.append({"session": session, "closed": closed})
+            found: dict[str, Any] = {"session": bare_session(artifact, job.shape, options.seconds / 4)}
+            if plain is not None:
+                found["plain"] = load(plain, dataclasses.replace(job, concurrency=8)).rate
+            found["closed"] = {c: load(server, dataclasses.replace(job, concurrency=c)) for c in options.concurrency}
+            rounds.append(found)
         capacity = statistics.median(max(one.rate for one in r["closed"].values()) for r in rounds)
         opened = {}
         for share in options.loads:
@@ -125,21 +137,28 @@ def batching(options: argparse.Namespace) -> dict[str, Any]:
             one = dataclasses.replace(job, rate=rate, seconds=seconds, concurrency=1024, seed=round(share * 100))
             opened[share] = load(server, one)
     best = [max(r["session"].values()) for r in rounds]
-    goodput = {share: one.goodput(slo) for share, one in opened.items()}
-    most = max(goodput.values())
-    return {
-        "session": {rows: statistics.median(r["session"][rows] for r in rounds) for rows in BATCHES},
-        "closed": [
+    goodput = {share: one.goodput(slo or 1e9) for share, one in opened.items()}
+    most = max(goodput.values(), default=0.0)
+    closed = []
+    for c in options.concurrency:
+        loads = [r["closed"][c] for r in rounds]
+        ok_ns = np.concatenate([one.ok_ns for one in loads])
+        closed.append(
             {
                 "concurrency": c,
-                "infer_per_s": statistics.median(r["closed"][c].rate for r in rounds),
-                "of_session": statistics.median(r["closed"][c].rate / b for r, b in zip(rounds, best, strict=True)),
-                "p50_ms": percentile_ms(np.concatenate([r["closed"][c].ok_ns for r in rounds]), 50),
-                "p99_ms": percentile_ms(np.concatenate([r["closed"][c].ok_ns for r in rounds]), 99),
-                "failed": _sum([r["closed"][c].failed for r in rounds]),
+                "infer_per_s": statistics.median(one.rate for one in loads),
+                "of_session": statistics.median(one.rate / b for one, b in zip(loads, best, strict=True)),
+                "p50_ms": percentile_ms(ok_ns, 50),
+                "p99_ms": percentile_ms(ok_ns, 99),
+                "failed": _sum([one.failed for one in loads]),
             }
-            for c in options.concurrency
-        ],
+        )
+    return {
+        "session": {rows: statistics.median(r["session"][rows] for r in rounds) for rows in BATCHES},
+        "plain_server_of_session": statistics.median(r["plain"] / b for r, b in zip(rounds, best, strict=True))
+        if plain
+        else None,
+        "closed": closed,
         "capacity": capacity,
         "slo_ms": slo,
         "open": [
@@ -210,7 +229,8 @@ def main() -> None:
     part.set_defaults(run=overhead)
     part = parts.add_parser("batching")
     part.add_argument("--artifact", type=Path, default=ROOT / "artifacts" / "efficientnet_lite0")
-    part.add_argument("--slo-p99-ms", type=float, default=100.0)
+    part.add_argument("--graph", type=Path, help="the same model for a bare server: its ONNX file")
+    part.add_argument("--slo-p99-ms", type=float, default=100.0, help="0: none")
     part.add_argument("--protocol", choices=("http", "grpc"), default="http")
     part.add_argument("--channels", type=int, default=4, help="connections of gRPC")
     part.add_argument("--concurrency", type=int, nargs="+", default=CONCURRENCY)
@@ -218,7 +238,8 @@ def main() -> None:
     part.add_argument("--rounds", type=int, default=2)
     part.add_argument("--seconds", type=float, default=3.0)
     part.add_argument("--open-seconds", type=float, default=5.0)
-    part.add_argument("--serve", nargs="*", default=[], help="more options of toolchain serve")
+    part.add_argument("--serve", default="", help="more options of toolchain serve, in one text")
+    part.add_argument("--serving-yaml", default="", help="of the model")
     part.set_defaults(run=batching)
     options = parser.parse_args()
     found = options.run(options)

@@ -123,7 +123,7 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "models"
         cold = repository(folder, artifact, options.cold)
-        more = ["--workers", str(options.workers), *options.serve]
+        more = ["--workers", str(options.workers), *options.serve.split()]
         with ours(folder, job, *more) as server:
             load(server, dataclasses.replace(job, concurrency=32))
             capacity = load(server, dataclasses.replace(job, concurrency=32)).rate
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=20.0, help="seconds between disturbances")
     parser.add_argument("--protocol", choices=("http", "grpc"), default="http")
     parser.add_argument("--channels", type=int, default=8, help="connections of gRPC")
-    parser.add_argument("--serve", nargs="*", default=[], help="more options of toolchain serve")
+    parser.add_argument("--serve", default="", help="more options of toolchain serve, in one text")
     found = soak(parser.parse_args())
     for name, rows in found.items():
         print(f"\n{name}\n\n{table(rows)}" if isinstance(rows, list) else f"{name}: {rows}")
