@@ -76,3 +76,44 @@ def test_the_command(tmp_path: Path, images: np.ndarray) -> None:
     toolchain("build", "net.onnx", "-o", "plain", cwd=tmp_path)
     refused = toolchain("debug", "quantization", "plain", cwd=tmp_path, check=2).stderr
     assert "no calibrated INT8 variant" in refused
+    for arguments, said in (
+        (["--limit", "0"], "0 is not a number of samples"),
+        (["--limit", "1000000000"], "1 to 4,096"),
+        (["-o", "."], "there is a folder of that name"),
+        (["--data", "data.npz"], "no accuracy tool is to be repeated"),
+    ):
+        assert said in toolchain("debug", "quantization", "artifacts/net", *arguments, cwd=tmp_path, check=2).stderr
+
+
+def test_what_is_debugged_is_the_graph_that_ships(tmp_path: Path, images: np.ndarray) -> None:
+    save(outlier_net(), tmp_path / "net.onnx")
+    np.savez(tmp_path / "data.npz", image=images)
+    tools = ("--equalization", "on", "--smooth-quant", "on", "--bias-correction", "fast", "--exclude", "conv1")
+    toolchain("build", "net.onnx", "--precision", "int8", "--data", "data.npz", *tools, cwd=tmp_path)
+    command = ("debug", "quantization", "artifacts/net", "--eval-data", "data.npz")
+    found = toolchain_json(*command, "--data", "data.npz", cwd=tmp_path)
+    assert found["tools"] == "equalization + smooth quant + bias correction (fast)"
+    assert found["tools_repeated_on"] == "data.npz"
+    assert found["in_float"] == ["conv1"]
+    assert "conv1" not in {layer["node"] for layer in found["layers"]}
+    # repeated on the build's own data it is that very graph; the plain one has other noise
+    assert found["total_nmse"] == pytest.approx(found["shipped_nmse"], rel=1e-4)
+    model = ir.from_proto(outlier_net())
+    calibration = calibrate(model, [{"image": images}])
+    plain = debug_quantization(model, CPU, calibration, [{"image": i[None]} for i in images], exclude=("conv1",))
+    assert plain.total_nmse != pytest.approx(found["shipped_nmse"], rel=0.05)
+    shown = toolchain(*command, "--limit", "1", cwd=tmp_path).stdout
+    assert "repeated on what is measured on, in place of the build's calibration data" in shown
+    assert "in float already: conv1" in shown
+
+
+def test_a_pruned_model_is_debugged_as_it_was_pruned(tmp_path: Path, images: np.ndarray) -> None:
+    save(conv_net(channels=32), tmp_path / "net.onnx")
+    np.savez(tmp_path / "data.npz", image=images)
+    (tmp_path / "recipe.yaml").write_text(
+        "model: net.onnx\nprecision: int8\ndata: {calibration: data.npz}\nprune: {ratio: 0.5}\n"
+        "verify: {max_nmse: 10.0}\n"
+    )
+    toolchain("build", "recipe.yaml", cwd=tmp_path)
+    found = toolchain_json("debug", "quantization", "artifacts/net", "--eval-data", "data.npz", cwd=tmp_path)
+    assert found["total_nmse"] == pytest.approx(found["shipped_nmse"], rel=1e-4)
