@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import fastapi
 import fastapi.exceptions
@@ -42,10 +42,6 @@ class Problem(pydantic.BaseModel):
     """What every error says."""
 
     error: str
-
-
-class _IndexRequest(pydantic.BaseModel):
-    ready: bool = False
 
 
 class _App(fastapi.FastAPI):
@@ -158,9 +154,17 @@ def _models(served: Hosted, options: ServerOptions, auth: Auth | None) -> fastap
     async def all_statistics() -> Response:
         return _json({"model_stats": describe.statistics(served)})
 
-    @router.post("/v2/repository/index", summary="All versions of all models, with their state")
-    async def index(wanted: Annotated[_IndexRequest | None, fastapi.Body()] = None) -> Response:
-        return _json(describe.index(served, ready=wanted is not None and wanted.ready))
+    @router.post(
+        "/v2/repository/index", summary="All versions of all models, with their state", openapi_extra=_INDEX_BODY
+    )
+    async def index(request: fastapi.Request) -> Response:
+        # Read here and not by FastAPI, which would ask for a Content-Type that Triton's clients do not send.
+        headers = dict(request.scope["headers"])
+        body = await http_body.read(request.receive, headers, max_bytes=options.max_request_bytes)
+        wanted = oip_json.load_json(body) if body.strip() else {}
+        if not isinstance(wanted, dict) or type(wanted.get("ready", False)) is not bool:
+            raise InvalidRequest("the body is no object with ready", hint='send {"ready": true}, or nothing')
+        return _json(describe.index(served, ready=wanted.get("ready", False)))
 
     for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
 
@@ -256,4 +260,7 @@ _INFER_DOCUMENTATION: dict[str, Any] = {
             }
         },
     }
+}
+_INDEX_BODY: dict[str, Any] = {
+    "requestBody": {"content": {"application/json": {"schema": {"type": "object"}, "example": {"ready": True}}}}
 }

@@ -26,6 +26,7 @@ import fastapi
 import numpy as np
 from fastapi import Response
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.types import Message
 
 from runtimes import TensorSpec
@@ -301,9 +302,11 @@ async def _files(scope: Any, body: bytes) -> list[bytes]:
     async def replay() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    # A broken form is an HTTPException of status 400; http_app.py words it.
-    async with fastapi.Request(scope, replay).form(max_files=_MAX_IMAGES, max_fields=_MAX_IMAGES) as form:
-        files = [await item.read() for _, item in form.multi_items() if isinstance(item, UploadFile)]
+    try:
+        async with fastapi.Request(scope, replay).form(max_files=_MAX_IMAGES, max_fields=_MAX_IMAGES) as form:
+            files = [await item.read() for _, item in form.multi_items() if isinstance(item, UploadFile)]
+    except HTTPException as error:
+        raise InvalidRequest(f"the form is broken: {error.detail}") from None
     if not files:
         raise InvalidRequest("the form has no file", hint="curl -F image=@photo.jpg")
     return files

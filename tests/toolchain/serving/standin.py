@@ -21,6 +21,7 @@ import uvicorn
 import runtimes
 from toolchain.serving import grpc_app, http_app
 from toolchain.serving.base import DeadlineExceeded, ModelInfo, NotFound, Request, Response
+from toolchain.serving.models import Models
 from toolchain.serving.options import Batching, ModelOptions, ServerOptions
 from toolchain.serving.statistics import Statistics
 
@@ -151,6 +152,8 @@ def running(served: Any, options: ServerOptions | None = None, *, auth: Any = No
 
     async def serve() -> None:
         stop = asyncio.Event()
+        if isinstance(served, Models):
+            await served.start()
         app = http_app.make_app(served, options=options, auth=auth)
         # The protocol is named, or asyncio would leave Nagle's algorithm on: 40 ms a request.
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -166,6 +169,8 @@ def running(served: Any, options: ServerOptions | None = None, *, auth: Any = No
         server.should_exit = True
         await http
         await rpc.stop(0)
+        if isinstance(served, Models):
+            await served.stop()
 
     def run() -> None:
         try:

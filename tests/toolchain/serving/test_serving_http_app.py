@@ -237,9 +237,12 @@ def test_statistics(client: triton.InferenceServerClient, port: int) -> None:
 
 def test_the_repository_index_takes_what_its_client_may_send(port: int) -> None:
     for body in (b"", b"{}", b'{"ready": true}', b'{"ready": false}'):
-        status, _, answer = fetch(port, "/v2/repository/index", body, Content_Type="application/json")
+        # urllib says that a body is a form where nothing else is said.
+        status, _, answer = fetch(port, "/v2/repository/index", body)
         assert status == 200
         assert json.loads(answer)[0].keys() == {"name", "version", "state", "reason"}
+    for body in (b"[]", b'{"ready": 1}', b"{", b"null"):
+        assert fetch(port, "/v2/repository/index", body)[0] == 400
 
 
 def test_priority_and_timeout_reach_the_model(few: Few, client: triton.InferenceServerClient) -> None:

@@ -222,6 +222,10 @@ def test_a_task_that_fails_and_one_that_never_was(port: int) -> None:
     state = json.loads(fetch(port, task["result"])[2])
     assert (state["state"], state["status"]) == ("failed", 400)
     assert "shape" in state["error"]
+    body, kind = form(picture())
+    _, _, answer = fetch(port, "/predict/image?mode=async", body[:40], Content_Type=kind)
+    time.sleep(0.1)
+    assert json.loads(fetch(port, json.loads(answer)["result"])[2])["status"] == 400
     assert fetch(port, "/result/nope")[0] == 404
     assert fetch(port, "/predict/nope?mode=async", b"[1]")[0] == 404
 
