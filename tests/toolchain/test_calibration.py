@@ -552,6 +552,53 @@ def test_the_command_writes_what_calibrate_gives(work: Path) -> None:
     assert not (work / f"{said['output']}.state").exists()
 
 
+def test_fewer_samples_than_asked_for_are_told(work: Path) -> None:
+    said = toolchain_json("calibrate", "net.onnx", "--data", "data.npz", "--limit", "64", cwd=work)
+    assert (said["samples"], said["asked"]) == (10, 64)
+    assert (
+        "only 10 of 64 samples"
+        in toolchain("calibrate", "net.onnx", "--data", "data.npz", "--limit", "64", "-o", "a.json", cwd=work).stdout
+    )
+    found = calibrations.read(work / "a.json")
+    assert (found.samples, found.asked) == (10, 64)
+    command = ("build", "net.onnx", "--precision", "int8", "--calibration", "a.json")
+    report = toolchain_json(*command, cwd=work)["report"]
+    assert report["calibration"]["asked"] == 64
+    assert report["warnings"] == ["calibration saw 10 of 64 samples"]
+    (work / "a.json.state").write_bytes(b"PK")
+    shown = toolchain(*command, "-o", "other", cwd=work).stdout
+    assert "warning: calibration saw 10 of 64 samples" in shown
+    assert "warning: beside a.json lies the state of a later calibration that was interrupted" in shown
+    refused = toolchain("build", "net.onnx", "--precision", "int8", "--calibration", "a.json.state", cwd=work, check=2)
+    assert "a .state of one that was interrupted" in refused.stderr
+
+
+def test_an_artifact_in_int8_alone_is_calibrated_and_what_lacks_a_range_is_told(work: Path) -> None:
+    toolchain("build", "net.onnx", "--precision", "int8", "--data", "data.npz", cwd=work)
+    toolchain("calibrate", "artifacts/net", "--data", "data.npz", "-o", "again.json", cwd=work)
+    ours, again = calibrations.read(work / "artifacts/net/calibration.json"), calibrations.read(work / "again.json")
+    close(ours, again)
+    assert ours.graph == again.graph  # the very graph that was quantised, not the exported one
+    tree = json.loads((work / "again.json").read_text())
+    del tree["ranges"]["relu"]
+    (work / "partial.json").write_text(json.dumps(tree))
+    command = ("build", "net.onnx", "--precision", "int8", "--calibration", "partial.json", "-o", "partial")
+    found = toolchain_json(*command, cwd=work)["report"]
+    assert "relu" in found["calibration"]["without_range"]
+    assert any("has no range for" in w and "relu" in w for w in found["warnings"])
+
+
+def test_a_tensorrt_cache_may_cover_a_part_of_the_optimised_graph(work: Path) -> None:
+    toolchain(
+        "calibrate", "net.onnx", "--data", "data.npz", "-o", "a.json", "--export-tensorrt-cache", "a.cache", cwd=work
+    )
+    lines = [line for line in (work / "a.cache").read_text().splitlines() if not line.startswith(("pool:", "flat:"))]
+    (work / "b.cache").write_text("\n".join(lines) + "\n")
+    toolchain("calibrate", "net.onnx", "--import-tensorrt-cache", "b.cache", "-o", "b.json", cwd=work)
+    command = ("build", "net.onnx", "--precision", "int8", "--calibration", "b.json")
+    assert "pool" in toolchain_json(*command, cwd=work)["report"]["calibration"]["without_range"]
+
+
 def test_the_command_goes_by_way_of_a_tensorrt_cache(work: Path) -> None:
     toolchain(
         "calibrate", "net.onnx", "--data", "data.npz", "-o", "a.json", "--export-tensorrt-cache", "a.cache", cwd=work
@@ -573,6 +620,14 @@ def test_the_command_goes_by_way_of_a_tensorrt_cache(work: Path) -> None:
         (["--data", "data.npz", "--method", "best"], "there is no method 'best'"),
         (["--import-tensorrt-cache", "missing.cache"], "cannot read the TensorRT cache"),
         (["--data", "data.npz", "--preprocessing", "nothing"], "neither a zoo name nor a readable .json file"),
+        (["--data", "data.npz", "--batch-size", "0"], "0 is not a number of samples"),
+        (["--data", "data.npz", "--batch-size", "1000000000"], "1 to 4,096"),
+        (["--data", "data.npz", "--limit", "-1"], "-1 is not a number of samples"),
+        (["--data", "data.npz", "--percentile", "200"], "percentile is 200"),
+        (["--data", "data.npz", "--percentile", "nan"], "percentile is nan"),
+        (["--data", "data.npz", "-o", "."], "there is a folder of that name"),
+        (["--data", "data.npz", "-o", "a", "--export-tensorrt-cache", "a"], "the cache would replace the calibration"),
+        (["--import-tensorrt-cache", "x", "--limit", "3"], "it has no effect on a TensorRT cache"),
     ],
 )
 def test_the_command_says_what_is_wrong(work: Path, arguments: list[str], message: str) -> None:
