@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import numpy as np
@@ -253,6 +254,39 @@ def test_every_error_has_a_status_below_500_or_501() -> None:
     for kind in (InvalidRequest, TooLarge, Unsupported):
         assert issubclass(kind, ServingError)
         assert kind.http < 500 or kind.http == 501
+
+
+def test_no_body_whatever_ends_in_anything_but_an_error_of_serving() -> None:
+    chance = random.Random(0)
+    k = {"name": "k", "shape": [3], "datatype": "INT8", "parameters": {"binary_data_size": 3}}
+    tree = {"id": "7", "inputs": [one(), k], "outputs": [{"name": "z", "parameters": {"binary_data": True}}]}
+    text = json.dumps(tree | {"parameters": {"priority": 1, "timeout": 5}}).encode()
+    values = [b"null", b"-1", b"1e400", b"[]", b"{}", b'""', b"true", b"99999999999999999999", b"0.5", b"[[[]]]"]
+    outcomes = set()
+    decoder = oip_json.Decoder(max_bytes=1 << 20)
+    for _ in range(5000):
+        body = bytearray(text)
+        size = len(text)
+        for _ in range(chance.randint(1, 2)):
+            at = chance.randrange(len(body))
+            kind = chance.random()
+            if kind < 0.3:
+                body[at] = chance.randrange(256)
+            elif kind < 0.8:
+                # A whole value by another: what is still JSON goes deeper than what is not.
+                starts = [i + 1 for i, byte in enumerate(body) if byte in b":[,"]
+                start = chance.choice(starts)
+                end = next((i for i in range(start, len(body)) if body[i] in b",]}"), len(body))
+                body[start:end] = chance.choice(values)
+                size = len(body)
+            else:
+                size = chance.randrange(len(body) + 2)
+        try:
+            decoder.read(bytes(body) + b"\1\2\3", size, TWO, version="", received_ns=0)
+            outcomes.add(None)
+        except ServingError as error:
+            outcomes.add(type(error))
+    assert {None, InvalidRequest} <= outcomes
 
 
 def test_an_answer_in_json() -> None:
