@@ -1,0 +1,380 @@
+"""The whole server in a process of its own: ports, signals, draining, tokens, TLS, workers that die."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("tritonclient.grpc")
+pytest.importorskip("prometheus_client")
+
+import onnx
+import onnx.parser
+import tritonclient.grpc as grpc_client
+from prometheus_client.parser import text_string_to_metric_families
+
+ROOT = Path(__file__).resolve().parents[3]
+ADD = """<ir_version: 9, opset_import: ["": 17]>
+g (float[n, 3] x) => (float[n, 3] y) { one = Constant <value = float {1.0}> () y = Add (x, one) }"""
+#: Runs for some seconds, by multiplying as long as it is told.
+SLOW = """<ir_version: 9, opset_import: ["": 17]>
+g (int64[1] x, float[600, 600] w) => (float[600, 600] y) {
+  yes = Constant <value = bool {1}> ()
+  y = Loop (x, yes, w) <body = b (int64 i, bool go, float[600, 600] a) => (bool on, float[600, 600] c)
+    { on = Identity (go) s = Constant <value = float {0.001}> () m = MatMul (a, a) c = Mul (m, s) }>
+}"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "add.onnx"
+    onnx.save(onnx.parser.parse_model(ADD), path)
+    return path
+
+
+class Server:
+    """``toolchain serve`` as a child, ready."""
+
+    def __init__(self, path: Path, *options: str, wait: bool = True, environment: dict[str, str] | None = None) -> None:
+        ports = [word for name in ("http", "grpc", "metrics") for word in (f"--{name}-port", "0")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "toolchain", "serve", str(path), *ports, *options],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OTEL_SDK_DISABLED": "true", **(environment or {})},
+        )  # fmt: skip
+        self.out: list[str] = []
+        self.err: list[str] = []
+        self._readers = [
+            threading.Thread(target=lambda: self.out.extend(iter(self.process.stdout.readline, ""))),  # type: ignore
+            threading.Thread(target=lambda: self._listen(self.process.stderr)),
+        ]
+        for reader in self._readers:
+            reader.start()
+        if wait:
+            self.until(lambda: any(line.startswith("model") for line in self.out))
+
+    def _listen(self, stream: Any) -> None:
+        for line in iter(stream.readline, ""):
+            self.err.append(line)
+
+    def until(self, true: Callable[[], bool], seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not true():
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.02)
+
+    def said(self) -> str:
+        return "".join(self.out + self.err)
+
+    def port(self, name: str) -> int:
+        line = next(line for line in self.out if line.startswith(name))
+        return int(re.search(r":(\d+)", line)[1])  # type: ignore[index]
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, *, port: str = "HTTP", **headers: str
+    ) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port(port), timeout=30)
+        try:
+            connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def infer(self, value: float = 1.0, name: str = "add") -> tuple[int, Any]:
+        inputs = [{"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [value] * 3}]
+        status, body = self.ask("POST", f"/v2/models/{name}/infer", json.dumps({"inputs": inputs}).encode())
+        return status, json.loads(body)
+
+    def metric(self, name: str) -> float:
+        status, body = self.ask("GET", "/metrics", port="metrics")
+        assert status == 200
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(body.decode())
+            for sample in family.samples
+            if sample.name.removesuffix("_total") == name
+        )
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(60)
+        for reader in self._readers:
+            reader.join(10)
+        return code
+
+
+@contextlib.contextmanager
+def served(path: Path, *options: str, **more: Any) -> Iterator[Server]:
+    server = Server(path, *options, **more)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.wait()
+
+
+def test_all_of_it_starts_answers_and_ends_with_a_signal(model: Path) -> None:
+    with served(model) as server:
+        status, answer = server.infer(2.0)
+        assert status == 200
+        assert answer["outputs"] == [{"name": "y", "datatype": "FP32", "shape": [1, 3], "data": [3.0] * 3}]
+        client = grpc_client.InferenceServerClient(f"127.0.0.1:{server.port('gRPC')}")
+        given = grpc_client.InferInput("x", [2, 3], "FP32")
+        given.set_data_from_numpy(np.ones((2, 3), np.float32))
+        for _ in range(3):
+            assert client.infer("add", [given]).as_numpy("y").tolist() == [[2.0] * 3] * 2
+        client.close()
+        assert server.metric("nv_inference_request_success") == 4
+        assert server.metric("nv_inference_count") == 7
+        assert server.metric("toolchain_request_seconds_count") == 4
+        status, body = server.ask("GET", "/stats")
+        assert status == 200
+        assert json.loads(body)["models"][0]["success"] == 4
+        assert server.ask("GET", "/nothing", port="metrics")[0] == 404
+        assert server.ask("GET", "/v2/health/ready")[0] == 200
+        assert server.ask("POST", "/v2/repository/models/add/unload")[0] in (404, 405, 501), "not on this port"
+        assert server.end() == 0
+        assert "Traceback" not in server.said()
+
+
+def test_what_is_in_flight_is_answered_and_nothing_new_is_taken(tmp_path: Path) -> None:
+    onnx.save(onnx.parser.parse_model(SLOW), tmp_path / "slow.onnx")
+    with served(tmp_path / "slow.onnx", "--drain-seconds", "60") as server:
+        inputs = [
+            {"name": "x", "datatype": "INT64", "shape": [1], "data": [400]},
+            {"name": "w", "datatype": "FP32", "shape": [600, 600], "data": [0.001] * 360_000},
+        ]
+        body = json.dumps({"inputs": inputs}).encode()
+        answers: list[int] = []
+        asking = threading.Thread(target=lambda: answers.append(server.ask("POST", "/v2/models/slow/infer", body)[0]))
+        asking.start()
+        time.sleep(1)  # a second of the five or so that it takes
+        before = http.client.HTTPConnection("127.0.0.1", server.port("HTTP"), timeout=30)
+        before.request("GET", "/v2/health/ready")
+        assert before.getresponse().read() is not None
+        server.process.send_signal(signal.SIGTERM)
+        server.until(lambda: any("shutting down" in line for line in server.err))
+        before.request("GET", "/v2/health/ready")
+        answer = before.getresponse()
+        assert answer.status != 200, "not ready, while it still answers"
+        before.close()
+        assert server.process.wait(90) == 0
+        asking.join()
+        assert answers == [200]
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.1", server.port("HTTP")), timeout=1)
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    onnx.save(onnx.parser.parse_model(SLOW), tmp_path / "slow.onnx")
+    with served(tmp_path / "slow.onnx") as server:
+        held = socket.create_connection(("127.0.0.1", server.port("HTTP")))
+        held.sendall(b"POST /v2/models/slow/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGINT)
+        server.until(lambda: any("draining" in line for line in server.err))
+        assert server.end(signal.SIGINT) == 128 + signal.SIGINT
+        assert "stopped at once" in server.said()
+        held.close()
+
+
+@pytest.mark.parametrize("name", ["http", "grpc", "metrics"])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_busy_port_is_an_error_that_names_it(model: Path, name: str, workers: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        server = Server(model, f"--{name}-port", port, "--workers", workers, wait=False)
+        assert server.process.wait(60) == 2
+        for reader in server._readers:
+            reader.join()
+        assert "cannot listen" in server.said()
+        assert port in server.said()
+        assert f"--{name}-port" in server.said()
+
+
+def test_tokens_are_asked_for_and_change_while_it_runs(model: Path, tmp_path: Path) -> None:
+    tokens, admins = tmp_path / "tokens", tmp_path / "admins"
+    tokens.write_text("first-token add\n")
+    admins.write_text("admin-token\n")
+    tokens.chmod(0o600)
+    admins.chmod(0o600)
+    options = ("--tokens", str(tokens), "--admin-tokens", str(admins), "--admin-port", "0")
+    with served(model, *options) as server:
+
+        def status(token: str, path: str = "/v2/models/add", port: str = "HTTP", method: str = "GET") -> int:
+            return server.ask(method, path, port=port, authorization=f"Bearer {token}")[0]
+
+        assert server.ask("GET", "/v2/models/add")[0] == 401
+        assert server.ask("GET", "/stats")[0] == 401
+        assert server.ask("GET", "/")[0] == 200
+        assert status("first-token") == 200
+        assert status("first-token", "/v2/models/other") == 403
+        client = grpc_client.InferenceServerClient(f"127.0.0.1:{server.port('gRPC')}")
+        with pytest.raises(grpc_client.InferenceServerException) as told:
+            client.get_model_metadata("add")
+        assert "UNAUTHENTICATED" in str(told.value.status())
+        assert client.get_model_metadata("add", headers={"authorization": "Bearer first-token"}).name == "add"
+        client.close()
+        # The admin port has tokens of its own.
+        unload = "/v2/repository/models/add/unload"
+        assert status("first-token", unload, "admin", "POST") == 401
+        assert status("admin-token", "/v2/models/add") == 401
+        assert status("admin-token", unload, "admin", "POST") == 200
+        assert server.ask("POST", "/v2/models/add/infer", b"{}", authorization="Bearer first-token")[0] in (404, 503)
+        assert status("admin-token", unload.replace("unload", "load"), "admin", "POST") == 200
+        assert status("admin-token", "/v2/repository/models/none/load", "admin", "POST") == 404
+        switches = json.loads(server.ask("GET", "/switches", port="admin", authorization="Bearer admin-token")[1])
+        assert [switch["model"] for switch in switches] == ["add"] * len(switches)
+        assert len(switches) >= 2
+        new = tmp_path / "new"
+        new.write_text("second-token\n")
+        new.chmod(0o600)
+        os.replace(new, tokens)
+        server.until(lambda: status("second-token") == 200)
+        assert status("first-token") == 401
+        assert status("admin-token", "/drain", "admin", "POST") == 200
+        assert server.process.wait(60) == 0
+
+
+def certificate(folder: Path, name: str) -> tuple[Path, Path]:
+    cert, key = folder / f"{name}.crt", folder / f"{name}.key"
+    done = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+         "-days", "2", "-keyout", str(key), "-out", str(cert), "-subj", f"/CN={name}",
+         "-addext", "subjectAltName=DNS:localhost"],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        pytest.skip("openssl makes no certificate here")
+    return cert, key
+
+
+def test_tls_and_a_certificate_that_changes_while_it_runs(model: Path, tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "first")
+    with served(model, "--tls-certificate", str(cert), "--tls-key", str(key)) as server:
+
+        def presented() -> str:
+            return ssl.get_server_certificate(("127.0.0.1", server.port("HTTP")))
+
+        def rpc(root: Path) -> bool:
+            client = grpc_client.InferenceServerClient(
+                f"localhost:{server.port('gRPC')}", ssl=True, root_certificates=str(root)
+            )
+            try:
+                return bool(client.is_server_live(client_timeout=5))
+            except grpc_client.InferenceServerException:
+                return False
+            finally:
+                client.close()
+
+        assert presented() == cert.read_text()
+        assert rpc(cert)
+        with pytest.raises((ConnectionError, http.client.HTTPException)):
+            server.ask("GET", "/v2/health/live")  # in the clear
+        new_cert, new_key = certificate(tmp_path, "second")
+        assert not rpc(new_cert)
+        os.replace(new_key, key)
+        new = new_cert.read_text()
+        os.replace(new_cert, cert)
+        server.until(lambda: presented() == new)
+        assert rpc(cert)
+        assert server.end() == 0
+
+
+def test_workers_share_the_work_and_a_dead_one_comes_back(model: Path) -> None:
+    with served(model, "--workers", "2") as server:
+        for _ in range(40):
+            assert server.infer()[0] == 200
+        assert server.metric("nv_inference_request_success") == 40
+        assert server.metric("toolchain_workers") == 2
+        # on both of them, by the kernel's choice: 40 connections on one alone are one chance in 2^39
+        stats = json.loads(server.ask("GET", "/stats")[1])
+        assert stats["workers"] == 2
+        assert stats["models"][0]["success"] == 40
+        time.sleep(2.5)  # the supervisor looks at their counts each two seconds
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        workers = [int(word) for word in children.read_text().split()]
+        assert len(workers) == 2
+        os.kill(workers[0], signal.SIGKILL)
+        server.until(lambda: any("SIGKILL" in line for line in server.err))
+        server.until(lambda: server.metric("toolchain_workers") == 2)
+        assert server.metric("toolchain_worker_restarts") == 1
+        assert server.metric("nv_inference_request_success") == 40, "what a dead worker counted stays"
+        for _ in range(10):
+            assert server.infer()[0] == 200
+        assert server.end() == 0
+        time.sleep(0.2)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_workers_go_when_their_supervisor_is_killed(model: Path) -> None:
+    with served(model, "--workers", "2") as server:
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        workers = [int(word) for word in children.read_text().split()]
+        assert len(workers) == 2
+        server.process.kill()
+        server.process.wait()
+        end = time.monotonic() + 30
+        while any(_runs(pid) for pid in workers):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_workers_that_cannot_serve_end_the_server_with_why(tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"this is no model")
+    server = Server(tmp_path / "broken.onnx", "--tokens", str(tmp_path / "none"), "--workers", "2", wait=False)
+    assert server.process.wait(60) == 2
+    for reader in server._readers:
+        reader.join()
+    assert "tokens cannot be read" in server.said()
+
+
+def test_serving_loads_nothing_that_builds(model: Path) -> None:
+    code = """if True:
+        import os, signal, sys
+        from toolchain import cli_serve
+
+        def show(ports):
+            builds = {"onnx", "onnx_ir", "onnxscript", "torch", "transformers"} & set(sys.modules)
+            print("loaded:", sorted(builds), flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        cli_serve._show = show
+        none = [word for name in ("http", "grpc", "metrics") for word in (f"--{name}-port", "0")]
+        sys.argv = ["toolchain", "serve", sys.argv[1], *none]
+        from toolchain.__main__ import main
+        main()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(model)], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "loaded: []" in done.stdout.splitlines()
