@@ -222,8 +222,8 @@ class _Recovered:
 
 
 def _recovered(whole: ir.Model, made: ir.Model, cut: Cut, asked: Prune, given: Given, judge: _Counting) -> _Recovered:
-    """Wins accuracy back. Least squares on few samples fits those: each layer that it shifts shows the next one inputs
-    that are too good. What loses more than the cut alone is not kept, and the biases alone are moved, if that helps."""
+    """Wins accuracy back. A layer that comes nearer to the whole model's may still harm those behind it: what loses
+    more than the cut alone is not kept, and the biases alone are moved, if that helps."""
     ways, remarks = [], []
     by_cut = drop = judge.drop(made)
     for method, way in _RECONSTRUCTIONS if asked.reconstruct else ():
@@ -243,8 +243,7 @@ def _recovered(whole: ir.Model, made: ir.Model, cut: Cut, asked: Prune, given: G
             ways.append(way)
             break
         remarks.append(
-            f"{way} is not kept: with it {found:.3g} ({judge.judge.metric}) is lost, with the cut alone {by_cut:.3g}; "
-            "more samples help"
+            f"{way} is not kept: with it {found:.3g} ({judge.judge.metric}) is lost, with the cut alone {by_cut:.3g}"
         )
     if given.fine_tune is not None:
         given.on_status("prune: fine-tuning")
