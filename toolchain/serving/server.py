@@ -119,9 +119,10 @@ class HttpServer:
 
     def __init__(
         self, app: App, options: ServerOptions, *, bound: socket.socket | None = None, unix: Path | None = None,
-        certificate: Certificate | None = None,
+        certificate: Certificate | None = None, shared: bool = False,
     ) -> None:  # fmt: skip
         self._bound = bound
+        self.shared = shared
         config = uvicorn.Config(
             app,
             uds=None if unix is None else str(unix),
@@ -314,7 +315,8 @@ async def running(
             bound = bind(host, port, what=what, reuse=shared and worker)
             stack.callback(bound.close)
             found[what] = bound.getsockname()[1]
-            https.append(HttpServer(app, options, bound=bound, certificate=certificate if shared else None))
+            of_tls = certificate if shared else None
+            https.append(HttpServer(app, options, bound=bound, certificate=of_tls, shared=shared and worker))
 
         if options.http_port is not None:
             listen("HTTP", options.http_port, HttpCalls(limits, observer), shared=True)
@@ -330,13 +332,21 @@ async def running(
             wanted = auth if auth.wanted else None
             rpc = _Grpc(observed, options, auth=wanted, observer=observer, reuse=worker, certificate=certificate)
             found["gRPC"] = rpc.port
+        # A port that workers share is opened when there is something to answer with: others answer meanwhile.
         for each in https:
-            await each.start()
-        if rpc is not None:
+            if not each.shared:
+                await each.start()
+        if rpc is not None and not worker:
             await rpc.start()
         watching = asyncio.create_task(_keep_fresh(auth, admin_auth, certificate))
         try:
             await _unless(stop, models.start())
+            if worker and not stop.is_set():
+                for each in https:
+                    if each.shared:
+                        await each.start()
+                if rpc is not None:
+                    await rpc.start()
             ports = Ports(
                 options.host, found.get("HTTP"), found.get("gRPC"), found.get("metrics"), found.get("admin"),
                 certificate is not None, tuple(models.index()),
