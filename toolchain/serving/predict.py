@@ -81,13 +81,19 @@ def router(served: Hosted, *, options: ServerOptions, auth: Auth | None) -> fast
         model: str,
         version: Annotated[str, fastapi.Query(description="of the model; the server chooses where none is given")] = "",
         mode: Annotated[
-            Literal["sync", "async"], fastapi.Query(description="async answers at once, with a task for /result")
+            Literal["sync", "async"],
+            fastapi.Query(description="async answers at once, with a task for /result; one worker only"),
         ] = "sync",
         top: Annotated[int, fastapi.Query(ge=1, le=1000, description="classes to name, of a classifier")] = 5,
         outputs: Annotated[bool, fastapi.Query(description="whether to write the outputs whole")] = True,
     ) -> Response:
         received_ns = time.monotonic_ns()
         allow(request, model)
+        if mode == "async" and options.workers > 1:
+            # A task is known to the worker that has it, and the next connection may come to another.
+            raise Unsupported(
+                "mode=async is not served by several workers", hint="ask without it, or serve with --workers 1"
+            )
         info = served.info(model, version)
         body = await http_body.read(request.receive, dict(request.scope["headers"]), max_bytes=max_bytes)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
