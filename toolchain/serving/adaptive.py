@@ -5,7 +5,7 @@ last nine runs is kept, from handing the batch to a thread to having its outputs
 counts too. Between sizes it is interpolated: a run costs a + b·n about any n, but on real processors not with the
 same a and b everywhere, since large batches fall out of the caches.
 
-*Batch size.* The smallest size that gives at least 95 % of the most rows a second that any size gives: beyond it
+*Batch size.* The smallest size that gives at least 97 % of the most rows a second that any size gives: beyond it
 latency and memory grow, and nothing is won. Sizes are found by use, as TCP's slow start finds a window: the next larger
 is tried when so many rows wait, until two doublings have won nothing. Every 64th full batch looks again at a size
 beside, since machines and neighbours change. Where sizes are preferred by the options, those are taken at their word:
@@ -39,7 +39,7 @@ _KEPT = 9
 #: Runs of a size before it is compared with others: the first has to allocate.
 _ENOUGH = 2
 #: A larger size has to give more than so much more to be worth its latency and its memory.
-_WORTH = 1 / 0.95
+_WORTH = 1 / 0.97
 #: Full batches between two looks at another size; with an SLO, where a look makes those who wait late, four times that.
 _LOOK = 64
 #: The share of the SLO that is planned with: where it begins, its bounds, and its steps for a request in time and a

@@ -1,6 +1,9 @@
 """Runs a batch: inputs below each other, one run, each request's own rows. In a thread, and touches nothing shared.
 
 If the run of several requests fails, each is run by itself: one that the model cannot take does not fail the others.
+
+Inputs are gathered into new arrays. Arrays that are kept and written anew, or bound to the session, save nothing that
+could be measured (eight images of 600 kB: 0.3 ms of 22), and a runtime may hand out its input as an output.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def test_a_size_that_takes_less_than_a_smaller_one_predicts_no_less_for_larger()
     [
         (linear(10, 0.1), 64),  # a run costs much, a row little
         (linear(0, 3), 1),  # nothing is won
-        (linear(1, 1), 16),  # 16 of 17 is 0.956 of 64 of 65, and 12 of 13 is 0.94
+        (linear(1, 1), 24),  # 24 of 25 is 0.975 of 64 of 65, and 16 of 17 is 0.956
         (lambda rows: int(rows * (1.0 if rows < 8 else 1.6) * MS), 1),
         (lambda rows: int((4 + rows) * (1 if rows <= 8 else 3) * MS), 8),  # falls out of a cache beyond 8
     ],
