@@ -55,11 +55,11 @@ class Tested:
     why_not: str | None = None
 
 
-def selftest(root: Path) -> tuple[Tested, ...]:
-    """Loads every variant that runs here and compares its outputs with those that were stored.
+def selftest(root: Path, *, variant: str | None = None) -> tuple[Tested, ...]:
+    """Loads every variant that runs here, or one, and compares its outputs with those that were stored.
 
     Raises:
-        InvalidArtifact: the artifact or its vectors are damaged, or nothing of it runs here.
+        InvalidArtifact: the artifact or its vectors are damaged, or nothing of it runs here; or it has no such variant.
         RunFailed: an output is further from what was stored than its bound.
         Error: whatever else loading or running raises.
     """
@@ -70,17 +70,19 @@ def selftest(root: Path) -> tuple[Tested, ...]:
     where = str(package.root)
     vectors = read_vectors_of(package)
     found = []
-    for variant in package.variants:
+    for one in package.variants:
+        if variant not in (None, one.name):
+            continue
         try:
-            state = runtimes.backend(variant.target.runtime).can_run(variant.target)
+            state = runtimes.backend(one.target.runtime).can_run(one.target)
         except Error as error:
-            found.append(Tested(variant.name, None, error.what))
+            found.append(Tested(one.name, None, error.what))
             continue
         if not state.available:
-            found.append(Tested(variant.name, None, state.reason))
+            found.append(Tested(one.name, None, state.reason))
             continue
-        with runtimes.load(package.root, variant=variant.name) as session:
-            found.append(Tested(variant.name, compare(session, variant.name, vectors)))
+        with runtimes.load(package.root, variant=one.name) as session:
+            found.append(Tested(one.name, compare(session, one.name, vectors)))
     if all(one.why_not for one in found):
         raise InvalidArtifact(
             "nothing in it runs here: " + "; ".join(f"{one.variant}: {one.why_not}" for one in found),
@@ -235,7 +237,7 @@ def vectors_content(tensors: Mapping[str, np.ndarray]) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *pieces])
 
 
-def selftest_apart(root: Path, *, timeout_s: float) -> tuple[Tested, ...]:
+def selftest_apart(root: Path, *, timeout_s: float, variant: str | None = None) -> tuple[Tested, ...]:
     """``selftest`` in a process of its own: a runtime that crashes or hangs there takes nobody along.
 
     Raises:
@@ -243,7 +245,7 @@ def selftest_apart(root: Path, *, timeout_s: float) -> tuple[Tested, ...]:
     """
     from runtimes._probe import child
 
-    command = child(f"from runtimes._selftest import main; main({os.fspath(root)!r})")
+    command = child(f"from runtimes._selftest import main; main({os.fspath(root)!r}, {variant!r})")
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
@@ -262,10 +264,10 @@ def selftest_apart(root: Path, *, timeout_s: float) -> tuple[Tested, ...]:
     raise RunFailed(answer["what"], where=answer.get("where"), hint=answer.get("hint"))
 
 
-def main(root: str) -> None:
+def main(root: str, variant: str | None) -> None:
     """The child: prints one line of JSON, after whatever native libraries print."""
     try:
-        answer: dict[str, Any] = {"tested": [dataclasses.asdict(one) for one in selftest(Path(root))]}
+        answer: dict[str, Any] = {"tested": [dataclasses.asdict(one) for one in selftest(Path(root), variant=variant)]}
     except Error as error:
         answer = {"what": error.what, "where": error.where, "hint": error.hint}
     sys.stdout.write("\n" + json.dumps(answer) + "\n")

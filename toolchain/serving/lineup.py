@@ -413,6 +413,7 @@ class Lineup:
                 if entry.info is not None and not entry.options.preload:
                     self._note(None, entry, "in service", "loaded at its first request")
                     return True
+            entry.apart = self.stable is not entry and entry.loaded is None
             await self._residency.acquire(entry)
         except Error as error:
             if isinstance(error, Overloaded) and self.stable is entry and entry.info is not None:

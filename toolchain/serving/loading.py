@@ -1,6 +1,8 @@
 """Loads a version, holds it against its self-test vectors and warms it; or says what it takes by its files alone.
 
-All of it blocks, and runs in threads of its own pool. A version that raises here never gets a request.
+All of it blocks, and runs in threads of its own pool. A version that raises here never gets a request. Where others
+answer already, a new version is loaded and tested in a process of its own first: a runtime that crashes or hangs on it
+takes nobody along.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from toolchain.serving.repository import Version
 #: Rows at most where nothing is said.
 DEFAULT_BATCH = 64
 _MAX_LABELS = 16 << 20
+#: How long a self-test in a process of its own may take.
+_APART_S = 300.0
 #: ONNX's numbers of element types, to numpy's and ml_dtypes' names.
 _ELEMENTS = {
     1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 8: "string", 9: "bool",
@@ -92,7 +96,9 @@ def describe(version: Version, options: ModelOptions, folder: Path | None) -> Mo
     return _info(version, options, folder, inputs, outputs, target, picked, found)
 
 
-def make(version: Version, options: ModelOptions, folder: Path | None, *, server: ServerOptions) -> Made:
+def make(
+    version: Version, options: ModelOptions, folder: Path | None, *, server: ServerOptions, apart: bool = False
+) -> Made:
     """Loads a version, tests and warms it.
 
     Args:
@@ -100,6 +106,8 @@ def make(version: Version, options: ModelOptions, folder: Path | None, *, server
         options: how it is served.
         folder: where a file of labels lies.
         server: threads and trust.
+        apart: test it in a process of its own before. Not done where there are no vectors, nor for native code that
+            the caller vouches for, which only this process does.
 
     Raises:
         Error: it is damaged, does not run here, or computes something else than it should.
@@ -117,6 +125,8 @@ def make(version: Version, options: ModelOptions, folder: Path | None, *, server
         picked = _choose(found, options)
         target = picked.target
         asked = dict(picked.session_options if options.session_options is None else options.session_options)
+        if apart and not server.trust and isinstance(found.metadata.get(_selftest.KEY), dict):
+            _selftest.selftest_apart(found.root, variant=picked.name, timeout_s=_APART_S)
     session = runtimes.load(
         version.path,
         target=str(target) if version.bare else None,

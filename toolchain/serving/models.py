@@ -79,7 +79,8 @@ class Models:
         self._cache = ResultCache(options.result_cache) if options.result_cache.max_bytes else None
         caps = [cap for cap in (options.max_memory, _share_of_machine(options.workers)) if cap is not None]
         self._watch = memory.Watch(min(caps, default=None))
-        self._residency: Residency
+        self._residency = Residency(options, cap=self._watch.cap, runs=self._runs, cache=self._cache, resident=resident)
+        self._residency.on_step = self._watch.forget_trend
         self._tasks: list[asyncio.Task[None]] = []
         self._shadows: set[asyncio.Task[None]] = set()
         self._relief: Counter[str] = Counter()
@@ -189,10 +190,6 @@ class Models:
         Raises:
             InvalidArtifact: the source cannot be read.
         """
-        self._residency = Residency(
-            self.options, cap=self._watch.cap, runs=self._runs, cache=self._cache, resident=self._resident
-        )
-        self._residency.on_step = self._watch.forget_trend
         try:
             snapshot = await self._look()
         except OSError as error:

@@ -69,6 +69,7 @@ class Entry:
         bytes, measured: what it takes in memory, and whether that was measured.
         in_use: requests that are inside it or wait for it.
         held: it is not to be evicted: a trial goes on.
+        apart: it is tested in a process of its own before it is first loaded here.
         evicted: it was in memory, and may come back.
         recent, uses: requests since the last count, and before it, decayed.
         last_used_ns: ``time.monotonic_ns()``.
@@ -89,6 +90,7 @@ class Entry:
     measured: bool = False
     in_use: int = 0
     held: bool = False
+    apart: bool = False
     evicted: bool = False
     recent: int = 0
     uses: float = 0.0
@@ -281,7 +283,7 @@ class Residency:
                 self._loads += 1
             try:
                 before, alone, number = self._resident(), self._loading == 1, self._loads
-                make = functools.partial(loading.make, server=self._options)
+                make = functools.partial(loading.make, server=self._options, apart=entry.apart)
                 made: loading.Made = await self.in_loader(make, entry.version, entry.options, entry.folder)
                 growth = self._resident() - before
                 if alone and number == self._loads:
@@ -319,7 +321,7 @@ class Residency:
         entry.info = made.info
         entry.load_seconds = made.seconds
         entry.last_used_ns = time.monotonic_ns()
-        entry.state, entry.reason, entry.evicted = "READY", "", False
+        entry.state, entry.reason, entry.evicted, entry.apart = "READY", "", False, False
         self.counts["loads"] += 1
         self.on_step()
         _log.info(

@@ -426,5 +426,11 @@ def test_a_source_that_is_gone_at_the_start(tmp_path: Path) -> None:
     root.mkdir()
     source = open_source(root)
     root.rmdir()
-    with pytest.raises(InvalidArtifact, match="cannot be read"):
-        asyncio.run(Models(ServerOptions(), source).start())
+
+    async def run() -> None:
+        models = Models(ServerOptions(), source)
+        with pytest.raises(InvalidArtifact, match="cannot be read"):
+            await models.start()
+        await models.stop()
+
+    asyncio.run(run())

@@ -142,4 +142,4 @@ def states(models: Models) -> dict[tuple[str, str], str]:
 
 
 def reason(models: Models, model: str, version: str) -> str:
-    return next(str(row["reason"]) for row in models.index() if (row["name"], row["version"]) == (model, version))
+    return next((str(row["reason"]) for row in models.index() if (row["name"], row["version"]) == (model, version)), "")
