@@ -66,10 +66,30 @@ def test_the_toolchain_commands_run(workplace: Path) -> None:
         words = shlex.split(command)[1:]
         if words[0] == "bench":
             words += ["--count", "3", "--duration", "0", "--warmup", "1"]
+        if words[0] == "serve":
+            serve_and_end(words, workplace)
+            continue
         said = run([sys.executable, "-m", "toolchain", *words], workplace)
         if target:
             (workplace / target.strip()).write_text(said)
         assert said
+
+
+def serve_and_end(words: list[str], workplace: Path) -> None:
+    """Serves until models are ready, on ports that are free, and ends it as a service manager does."""
+    pytest.importorskip("fastapi")
+    ports = [word for name in ("http", "grpc", "metrics") for word in (f"--{name}-port", "0")]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "toolchain", *words, *ports], cwd=workplace, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        assert any(line.startswith("model") and "ready" in line for line in server.stdout)
+        server.terminate()
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
 
 
 def test_the_make_commands_are_the_makefiles() -> None:
