@@ -2,11 +2,11 @@
 
     python benchmarks/serving_soak.py --artifact artifacts/efficientnet_lite0 [--minutes 10] [--load 0.7] [--workers 2]
 
-Serves a repository of the artifact under its own name and of ``--cold`` small models that are loaded when they are
-asked for. A short closed loop finds what the server can do; then requests come as a Poisson process at a share of that.
-Meanwhile, in turn: a new version of the artifact arrives by rename; a worker is killed. Every request must be answered,
-and rightly, but those of a killed worker: their connections break at that moment, or are refused by it. Prints what
-failed otherwise, and the memory of all processes over time.
+Serves a repository of the artifact under its own name and of ``--cold`` copies under other names that are loaded when
+they are asked for. A short closed loop finds what the server can do; then requests come as a Poisson process at a share
+of that. Meanwhile, in turn: a new version of the artifact arrives by rename; a worker is killed. Every request must be
+answered, and rightly, but those of a killed worker: their connections break at that moment, or are refused by it. Prints
+what failed otherwise, and the memory of all processes over time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from _serving_servers import BROKEN, ROOT, Load, finish, load, ours, start
 from serving import model_job, table
 
@@ -74,30 +73,12 @@ def workers(root: int) -> list[int]:
     return found
 
 
-def cold_model(path: Path, seed: int) -> None:
-    """Takes and answers float32 [N, 512]; 4 MB of weights, so that loading it takes a while."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    rng = np.random.default_rng(seed)
-    names = ["x", "a", "b", "c", "y"]
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]]) for i in range(4)],
-        "cold",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 512])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 512])],
-        [numpy_helper.from_array(rng.standard_normal((512, 512), np.float32), f"w{i}") for i in range(4)],
-    )
-    path.parent.mkdir(parents=True)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-
-
 def repository(folder: Path, artifact: Path, cold: int) -> tuple[str, ...]:
-    """Fills the folder; names of the cold models."""
+    """Fills the folder; names of the cold models, which are copies of the artifact."""
     shutil.copytree(artifact, folder / artifact.name / "1")
     names = tuple(f"cold{i}" for i in range(cold))
-    for i, name in enumerate(names):
-        cold_model(folder / name / "1" / "model.onnx", i)
+    for name in names:
+        shutil.copytree(artifact, folder / name / "1")
         (folder / name / "serving.yaml").write_text("preload: false\n")
     return names
 
@@ -131,8 +112,7 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
             one = dataclasses.replace(
                 job, rate=options.load * capacity, seconds=seconds, warmup=0.0, concurrency=1024, timeout=60.0
             )
-            # In a client of its own, for their input is another.
-            slow = dataclasses.replace(one, model=cold[0], models=cold, every=1, input="x", shape=(1, 512), rate=2.0)
+            slow = dataclasses.replace(one, model=cold[0], models=cold, every=1, rate=2.0)
             places = [Path(work) / name for name in ("main", "cold")]
             for place in places:
                 place.mkdir()
