@@ -355,12 +355,15 @@ class Batcher:
         for waiting, outputs in zip(batch, run.outputs, strict=True):
             if not waiting.answer.done():
                 self._count_success(run, waiting.received_ns, now)
-                waiting.answer.set_result(self._response(waiting.request, outputs))
+                waiting.answer.set_result(self._response(waiting.request, outputs, run, waiting.received_ns))
 
-    def _response(self, request: Request, outputs: Arrays) -> Response:
+    def _response(self, request: Request, outputs: Arrays, run: Run, received: int) -> Response:
         if request.outputs:
             outputs = {name: outputs[name] for name in request.outputs}
-        return Response(self._info.name, self._info.version, outputs, request.id)
+        return Response(
+            self._info.name, self._info.version, outputs, request.id,
+            queue_ns=run.began_ns - received, compute_ns=run.infer_ns,
+        )  # fmt: skip
 
     def _count_run(self, rows: int, run: Run) -> None:
         self._statistics.executed(rows, input_ns=run.input_ns, infer_ns=run.infer_ns, output_ns=run.output_ns)
@@ -399,7 +402,7 @@ class Batcher:
             raise run.error
         self._count_run(shapes[0][0] if self._info.max_batch_size else 1, run)
         self._count_success(run, received, time.monotonic_ns())
-        return self._response(request, run.outputs[0])
+        return self._response(request, run.outputs[0], run, received)
 
     def _watch(self, shapes: Shapes, run: Run) -> None:
         """A run on the loop that was not short any more sends its shapes back to threads."""
