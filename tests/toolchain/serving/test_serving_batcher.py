@@ -37,7 +37,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def behind_a_run(loaded: Loaded, session: Scripted) -> asyncio.Task[Response]:
     """A request that runs and does not end before the gate opens; what comes later has to wait."""
-    task = asyncio.create_task(loaded.infer(request(100.0)))
+    task = asyncio.create_task(loaded.infer(request(100.0, deadline_ns=time.monotonic_ns() + 60 * 10**9)))
     await until(session.started.is_set)
     return task
 
