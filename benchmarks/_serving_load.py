@@ -88,7 +88,10 @@ class Http:
 
     async def call(self, model: str) -> tuple[str, bytes]:
         """Sends one request; its status and the body of its answer."""
-        connection = self.idle.pop() if self.idle else None
+        connection = None
+        while self.idle and connection is None:
+            popped = self.idle.pop()
+            connection = popped if popped.open else None  # the server closed it while nothing was asked
         if connection is None:
             loop = asyncio.get_running_loop()
             try:

@@ -5,8 +5,8 @@
 Serves a repository of the artifact under its own name and of ``--cold`` copies under other names that are loaded when
 they are asked for. A short closed loop finds what the server can do; then requests come as a Poisson process at a share
 of that. Meanwhile, in turn: a new version of the artifact arrives by rename; a worker is killed. Every request must be
-answered, and rightly, but those of a killed worker: their connections break at that moment, or are refused by it. Prints
-what failed otherwise, and the memory of all processes over time.
+answered, and rightly, but those of a killed worker: their connections break at that moment, or are refused by it.
+Prints what failed otherwise, and the memory of all processes over time.
 """
 
 from __future__ import annotations

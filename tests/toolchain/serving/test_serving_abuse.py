@@ -170,7 +170,9 @@ def test_grpc(server: Server) -> None:
     for number, mutant in _each(server, mutants.grpc_mutants(COUNT // 3, SEED)):
         status = server.call(mutant.method, mutant.data)
         bytes_only = mutant.kind in ("random bytes", "invalid UTF-8") and status == "INTERNAL"
-        if not (status in _TOLD or bytes_only or (status == "OK" and mutant.harmless)):
+        # a timeout of some microseconds is a right one, and is over
+        harmless = mutant.harmless and status in ("OK", "DEADLINE_EXCEEDED")
+        if not (status in _TOLD or bytes_only or harmless):
             wrong.append((number, mutant.kind, status, mutant.data[:600]))
     assert not wrong, f"seed {SEED}, {len(wrong)} wrong, the first: {wrong[:5]}"
 
