@@ -12,6 +12,8 @@ ARGS   ?=
 PRECISION ?=
 DATA   ?=
 EVAL   ?=
+# How images become inputs of a bare .onnx: the name of a zoo model, or a JSON file.
+PREPROCESSING ?=
 WEIGHTS ?=
 OUT    ?=
 
@@ -20,7 +22,7 @@ OUT    ?=
 
 help:
 	@echo 'make engine MODEL=resnet50 [TARGET="ort-cpu"] [EVAL=folder] [WEIGHTS=auto|random|PATH]'
-	@echo '            [PRECISION=int8 DATA=folder] [OUT=folder] [ARGS=...]'
+	@echo '            [PRECISION=int8 DATA=folder] [PREPROCESSING=name] [OUT=folder] [ARGS=...]'
 	@echo 'make test      lint, types and the whole test suite'
 	@echo 'make test-gpu  the tests that need an NVIDIA GPU; PYTHON=... takes an environment that is there (docs/gpu.md)'
 	@echo 'make bench     the measurements of benchmarks/'
@@ -48,12 +50,12 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)
 
 # Handed over through the environment, not spliced into the shell's text: names may hold quotes and spaces.
-export MODEL TARGET PRECISION DATA EVAL WEIGHTS OUT
+export MODEL TARGET PRECISION DATA EVAL PREPROCESSING WEIGHTS OUT
 engine: install
 	@test -n "$$MODEL" || { echo 'which model? make engine MODEL=resnet50 (or a .onnx, .pt2, file.py:factory, hf:..., recipe.yaml)'; exit 2; }
 	@$(BIN)/toolchain build "$$MODEL" $(foreach t,$(TARGET),--target '$(t)') $(if $(EVAL),--eval-data "$$EVAL") \
 		$(if $(PRECISION),--precision "$$PRECISION") $(if $(DATA),--data "$$DATA") \
-		$(if $(WEIGHTS),--weights "$$WEIGHTS") $(if $(OUT),--output "$$OUT") $(ARGS)
+		$(if $(PREPROCESSING),--preprocessing "$$PREPROCESSING") $(if $(WEIGHTS),--weights "$$WEIGHTS") $(if $(OUT),--output "$$OUT") $(ARGS)
 
 test: check
 	$(BIN)/python -m pytest -q
