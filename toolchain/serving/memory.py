@@ -7,7 +7,8 @@ last samples (least squares). As the prediction nears the cap, relief is given i
     relief:       NONE ──→ SHRINK batches ───────→ EVICT idle sessions ──→ REFUSE new work
 
 A level is left only when both what is measured and what is predicted lie 0.05 below where it was entered, so that the
-server does not swing between two of them (Schmitt 1938). Work is refused on what *is*, never on what is predicted.
+server does not swing between two of them (Schmitt 1938). Work is refused on what *is*, never on what is predicted, and
+only once nothing idle is left to evict.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import collections
 import ctypes
 import enum
 import functools
-import gc
 import os
 import sys
 from collections.abc import Callable
@@ -100,7 +100,6 @@ def _number(path: Path) -> list[int]:
 
 def give_back() -> None:
     """Hands memory that was freed back to the system, where the C library keeps it (glibc). Takes milliseconds."""
-    gc.collect()
     trim = _malloc_trim()
     if trim is not None:
         trim(0)

@@ -85,6 +85,7 @@ class Models:
         self._shadows: set[asyncio.Task[None]] = set()
         self._relief: Counter[str] = Counter()
         self._last_step = 0.0
+        self._refusing = False
         self._stopping = False
 
     # What the transports ask.
@@ -172,7 +173,7 @@ class Models:
         if self._stopping:
             raise Unavailable("the server is shutting down")
         entry = lineup.pick(request.version, request)
-        if self._watch.level is Relief.REFUSE:
+        if self._refusing:
             self._relief["refusals"] += 1
             entry.statistics.rejected("REJECTED")
             raise Overloaded("the server is out of memory", hint="send it again later")
@@ -420,7 +421,11 @@ class Models:
     async def _relieve(self, now: float) -> None:
         """Does what the level of memory asks for, the cheapest first."""
         before = self._watch.level
-        level = self._watch.sample(time.monotonic_ns(), self._resident())
+        resident = self._resident()
+        level = self._watch.sample(time.monotonic_ns(), resident)
+        self._residency.observe(resident)
+        victim = self._residency.least_recent() if level >= Relief.EVICT else None
+        self._refusing = level is Relief.REFUSE and victim is None
         if level is not before:
             _log.warning(
                 "memory: %s → %s, %d of %d MB, %+.1f MB/s",
@@ -429,7 +434,7 @@ class Models:
             )  # fmt: skip
             if level < before:
                 self._last_step = now
-        if now - self._last_step < _STEP_S:
+        if now - self._last_step < _STEP_S and (level is not Relief.REFUSE or victim is None):
             return
         everything = [entry.loaded for entry in self._residency.entries if entry.loaded is not None]
         if level >= Relief.SHRINK and self._residency.share > _LEAST_SHARE:
@@ -441,12 +446,10 @@ class Models:
                 loaded.shrink(0.5)
             if self._cache is not None:
                 self._cache.clear()
-        elif level >= Relief.EVICT:
-            victim = self._residency.least_recent()
-            if victim is not None:
-                self._last_step = now
-                self._relief["relief_evictions"] += 1
-                await self._residency.evict(victim, "memory is short")
+        elif victim is not None:
+            self._last_step = now
+            self._relief["relief_evictions"] += 1
+            await self._residency.evict(victim, "memory is short")
         elif level is Relief.NONE and self._residency.share < 1:
             self._last_step = now
             self._residency.share = min(self._residency.share * 2, 1.0)

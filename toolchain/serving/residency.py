@@ -1,9 +1,12 @@
 """Versions in memory: loads them once however many ask, and evicts the least recently used under a memory cap.
 
 A version takes the bytes of its files, until it was loaded: from then on what resident memory grew by, if nothing else
-was loaded meanwhile. Evicted is what nobody uses at the moment, waited for longest since, and is not pinned. What was
-evicted is loaded again by the next request, or earlier, when there is room: then the one that was used most goes first,
-by counts that halve every five minutes.
+was loaded meanwhile. What the process takes beyond its versions is looked at whenever nothing is loaded or closed: the
+runtimes' own libraries and buffers are in it, and whatever a version was thought to take too little.
+
+Evicted is what nobody uses at the moment, has not been used for longest, and is not pinned. It is loaded again by the
+next request, or earlier, when there is room: then the one that was used most goes first, by counts that halve every
+five minutes.
 
 Everything here runs on the event loop's thread but ``loading.make`` and ``Session.close``, which have a pool of their
 own: other models go on answering.
@@ -47,8 +50,6 @@ _HALF_LIFE_S = 300.0
 _LEAST_USES = 0.5
 #: Loads at the same time.
 _LOADERS = 2
-#: A measured growth below this share of the guess is not believed: memory that was free already was taken.
-_LEAST_GROWTH = 0.25
 
 #: What of a model's options makes another session or batcher of the same version.
 _NOT_LOADED = {"version_policy", "rollout", "preload", "pin"}
@@ -155,7 +156,8 @@ class Residency:
         self._runs = runs
         self._cache = cache
         self._resident = resident
-        self._base = resident()
+        self._least_base = self._base = resident()
+        self._closing = 0
         self._loaders = concurrent.futures.ThreadPoolExecutor(_LOADERS, "serving-load")
         self._loading = 0
         self._loads = 0
@@ -222,6 +224,12 @@ class Residency:
             return float("inf")
         return _FILL * self.cap - self._base - sum(one.bytes for one in self.entries if _takes_memory(one))
 
+    def observe(self, resident: int) -> None:
+        """Takes what the process has in memory now for what it takes beyond its versions, where nothing moves."""
+        if not self._loading and not self._closing:
+            versions = sum(one.bytes for one in self.entries if _takes_memory(one))
+            self._base = max(self._least_base, resident - versions)
+
     def least_recent(self) -> Entry | None:
         """The idle version whose last request is the longest ago."""
         return min((one for one in self.entries if one.idle), key=lambda one: one.last_used_ns, default=None)
@@ -267,9 +275,13 @@ class Residency:
         self._loaders.shutdown(wait=False, cancel_futures=True)
 
     async def _close(self, loaded: Loaded) -> None:
-        await loaded.drain()
-        loaded.close()
-        await self.in_loader(memory.give_back)
+        self._closing += 1
+        try:
+            await loaded.drain()
+            loaded.close()
+            await self.in_loader(memory.give_back)
+        finally:
+            self._closing -= 1
         self.on_step()
 
     async def _load(self, entry: Entry) -> Loaded:
@@ -285,9 +297,11 @@ class Residency:
                 before, alone, number = self._resident(), self._loading == 1, self._loads
                 make = functools.partial(loading.make, server=self._options, apart=entry.apart)
                 made: loading.Made = await self.in_loader(make, entry.version, entry.options, entry.folder)
+                await self.in_loader(memory.give_back)
                 growth = self._resident() - before
                 if alone and number == self._loads:
-                    entry.bytes = max(growth, int(entry.version.bytes * _LEAST_GROWTH))
+                    # Less than its files is not believed: it took what others had just left.
+                    entry.bytes = max(growth, entry.version.bytes)
                     entry.measured = True
             finally:
                 self._loading -= 1
