@@ -66,27 +66,28 @@ def test_not_one_failed_request_across_many_switches(tmp_path: Path) -> None:
     write_artifact(root / "a" / "1", 1.0)
 
     async def run() -> None:
-        async with serving(root, poll_seconds=0.02, defaults=AT_ONCE) as models, clients(models) as seen:
-            for version in range(2, 5):
-                # One that cannot be read, one that computes something else than it did, and one that is no artifact.
-                broken = write_artifact(tmp_path / "broken", 99.0)
-                (broken / "v" / "model.onnx").write_bytes(b"nonsense")
-                broken.rename(root / "a" / str(10 * version + 1))
-                write_artifact(root / "a" / str(10 * version + 2), 98.0, expected=X)
-                (root / "a" / str(10 * version + 3)).mkdir()
-                write_artifact(root / "a" / str(10 * version), float(version))
-                await until(lambda version=version: seen[float(version)] > 20)  # type: ignore[misc]
-                for name in "123":
-                    shutil.rmtree(root / "a" / f"{version}{name}")
-            # The newest is taken away: the one before is back.
-            (root / "a" / "40").rename(root / ".40")
-            before = seen[3.0]
-            await until(lambda: seen[3.0] > before + 20)
-            assert set(seen) == {1.0, 2.0, 3.0, 4.0}, seen
-            assert sum(seen.values()) > 500
-            wanted = ["1", "20", "30", "40", "30"]
-            assert [one["to"] for one in models.switches] == wanted
-            await until(lambda: [one["version"] for one in models.resources()["models"]] == ["30"])
+        async with serving(root, poll_seconds=0.02, defaults=AT_ONCE) as models:
+            async with clients(models) as seen:
+                for version in range(2, 5):
+                    # One that cannot be read, one that computes something else than it did, and one that is no artifact.
+                    broken = write_artifact(tmp_path / "broken", 99.0)
+                    (broken / "v" / "model.onnx").write_bytes(b"nonsense")
+                    broken.rename(root / "a" / str(10 * version + 1))
+                    write_artifact(root / "a" / str(10 * version + 2), 98.0, expected=X)
+                    (root / "a" / str(10 * version + 3)).mkdir()
+                    write_artifact(root / "a" / str(10 * version), float(version))
+                    await until(lambda version=version: seen[float(version)] > 20)  # type: ignore[misc]
+                    for name in "123":
+                        shutil.rmtree(root / "a" / f"{version}{name}")
+                # The newest is taken away: the one before is back.
+                (root / "a" / "40").rename(root / ".40")
+                before = seen[3.0]
+                await until(lambda: seen[3.0] > before + 20)
+                assert set(seen) == {1.0, 2.0, 3.0, 4.0}, seen
+                assert sum(seen.values()) > 500
+                wanted = ["1", "20", "30", "40", "30"]
+                assert [one["to"] for one in models.switches] == wanted
+                await until(lambda: [one["version"] for one in models.resources()["models"]] == ["30"])
             assert sum(s.success.count for s in models.all_statistics().values()) == sum(seen.values())
 
     asyncio.run(run())
