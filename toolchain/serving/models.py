@@ -48,6 +48,8 @@ _STEP_S = 2.0
 _LEAST_SHARE = 0.125
 #: Copies of requests that a version on trial in the shadow works on at once; more are left out.
 _SHADOWS = 16
+#: How long a model's files are to be away before it is.
+_GONE_S = 1.0
 #: Switches that are remembered.
 _SWITCHES = 1000
 #: Threads that sessions run in. They are made as they are needed, and bounded by the instances of what is loaded.
@@ -71,7 +73,7 @@ class Models:
         self._switches: deque[Switch] = deque(maxlen=_SWITCHES)
         self._resident = resident
         self._lineups: dict[str, Lineup] = {}
-        self._missing: Counter[str] = Counter()
+        self._missing: dict[str, float] = {}
         self._remarks: frozenset[str] = frozenset()
         self._statistics: dict[tuple[str, str], Statistics] = {}
         self._runs = concurrent.futures.ThreadPoolExecutor(_RUNS, "serving-run")
@@ -364,16 +366,18 @@ class Models:
             if lineup is None:
                 self._lineups[name] = self._new(found)
                 continue
-            # A folder that is replaced by two renames is gone for a moment: it has to be so twice.
-            self._missing[name] = 0 if found.versions else self._missing[name] + 1
-            if self._missing[name] != 1:
+            if found.versions:
+                self._missing.pop(name, None)
+            if found.versions or self._gone(name):
                 lineup.update(found)
-        for name in self._lineups.keys() - snapshot.models.keys():
-            self._missing[name] += 1
-            if self._missing[name] > 1:
-                lineup = self._lineups.pop(name)
-                del self._missing[name]
-                lineup.withdraw("the model was removed")
+        for name in [name for name in self._lineups if name not in snapshot.models and self._gone(name)]:
+            del self._missing[name]
+            self._lineups.pop(name).withdraw("the model was removed")
+
+    def _gone(self, name: str) -> bool:
+        """Whether a model has had no version for a while: a folder that is replaced by two renames is away briefly."""
+        now = time.monotonic()
+        return now - self._missing.setdefault(name, now) >= _GONE_S
 
     def _new(self, found: Found) -> Lineup:
         def statistics(number: int) -> Statistics:

@@ -69,7 +69,7 @@ def test_not_one_failed_request_across_many_switches(tmp_path: Path) -> None:
         async with serving(root, poll_seconds=0.02, defaults=AT_ONCE) as models:
             async with clients(models) as seen:
                 for version in range(2, 5):
-                    # One that cannot be read, one that computes something else than it did, and one that is no artifact.
+                    # One that cannot be read, one that computes something else now, and one that is no artifact.
                     broken = write_artifact(tmp_path / "broken", 99.0)
                     (broken / "v" / "model.onnx").write_bytes(b"nonsense")
                     broken.rename(root / "a" / str(10 * version + 1))
