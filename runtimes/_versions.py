@@ -79,7 +79,8 @@ def current(root: Path) -> int | None:
         raise InvalidArtifact(
             f"the pointer to the version in service cannot be read: {error}", where=str(path), hint=_repair(root)
         ) from None
-    if not _is_version(root / text):
+    # Only a bare number is ours: a path such as ../other/1 leads to a version, but to one of another folder.
+    if _NUMBER.fullmatch(text) is None or not _is_version(root / text):
         raise InvalidArtifact(
             f"the pointer says {text[:64]!r}, which is no version here", where=str(path), hint=_repair(root)
         )

@@ -390,6 +390,26 @@ def test_a_damaged_version_is_not_gone_back_to(tmp_path: Path, bundle: Path, qui
         installing.verify(root / "1")
 
 
+@pytest.mark.parametrize("pointer", ["../other/1", "./1", "1/", "1/../1", "", "..", "01", "latest"])
+def test_a_pointer_is_a_number_and_nothing_else(tmp_path: Path, bundle: Path, quick: None, pointer: str) -> None:
+    for name in ("root", "other"):
+        installing.install(bundle, tmp_path / name)
+    latest = tmp_path / "root" / "latest"
+    latest.unlink()
+    latest.write_text(pointer)
+    kinds = [False]
+    if pointer and os.name != "nt":
+        kinds.append(True)
+    for link in kinds:
+        if link:
+            latest.unlink()
+            latest.symlink_to(pointer)
+        with pytest.raises(runtimes.InvalidArtifact, match="no version here") as told:
+            _versions.current(tmp_path / "root")
+        assert told.value.hint == "rollback --to N puts one of these into service: 1"
+        assert _versions.in_service(tmp_path / "root") is None
+
+
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """``runtimes.compile`` that notes what it was asked, and compiles for ort-cpu instead of for a GPU."""

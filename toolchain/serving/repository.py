@@ -238,8 +238,8 @@ class Source:
         if os.path.lexists(path / _versions.POINTER):
             try:
                 in_service = _versions.current(path)
-            except (InvalidArtifact, ValueError) as error:
-                problem = problem or getattr(error, "what", f"the pointer to the version in service is broken: {error}")
+            except InvalidArtifact as error:
+                problem = problem or error.what
         versions.sort(key=lambda version: version.number)
         return Found(name, path, options, tuple(versions), problems, in_service, problem)
 
