@@ -17,6 +17,7 @@ Errors, each with the status that it is told by in HTTP and in gRPC::
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -142,7 +143,8 @@ class Request:
     Attributes:
         model: its name.
         version: the version asked for; "" lets the server choose.
-        inputs: an array for each of the model's inputs, C-contiguous, of its dtype. Nobody writes into them.
+        inputs: an array for each of the model's inputs, C-contiguous, of its dtype, views of what the client sent: not
+            always aligned. Nobody writes into them.
         outputs: the outputs asked for; () is all of them.
         id: the client's own name for it, handed back.
         priority: 1 is served first; 0 is the model's default.
@@ -201,6 +203,13 @@ class Served(Protocol):
 
     def is_ready(self, model: str | None = None, version: str = "") -> bool:
         """Whether a model, or for None anything at all, can answer at once or after loading. Raises NotFound."""
+        ...
+
+    def expecting(self, model: str, version: str = "") -> contextlib.AbstractContextManager[None]:
+        """Around the reading of a large request, so that nobody reads what would be refused. Loads nothing.
+
+        Raises NotFound, Unavailable, and Overloaded where there is no room for one more.
+        """
         ...
 
     async def infer(self, request: Request) -> Response:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from runtimes import Session
 from toolchain.serving.adaptive import Controller
@@ -89,6 +90,7 @@ class Batcher:
         self._together = info.max_batch_size > 1
         self._timeout_ns = None if batching.default_timeout_ms is None else batching.default_timeout_ms * 1_000_000
         self._queue = Queue(batching.priority_levels)
+        self._expected = 0
         self._running = 0
         self._in_runs = 0
         self._started: OrderedDict[int, tuple[int, int]] = OrderedDict()  # run → (rows, began)
@@ -147,6 +149,28 @@ class Batcher:
             self._give_up(waiting)
             raise
 
+    @contextlib.contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Around the reading of a large request: while that comes it counts as one that waits, of one row.
+
+        Raises:
+            Overloaded: it would not be let in, and need not be read. Where there are priorities nobody is refused
+                here: its own is not known before it is read.
+        """
+        if self._batching.priority_levels == 1:
+            try:
+                self._refuse_late(self._queue.rows() + self._expected, 1, time.monotonic_ns(), None)
+                if len(self._queue) + self._expected >= self._batching.queue_size:
+                    raise self._full()
+            except Overloaded as error:
+                self._count_failure(error, 0)
+                raise
+        self._expected += 1
+        try:
+            yield
+        finally:
+            self._expected -= 1
+
     async def drained(self) -> None:
         """Returns when nothing waits or runs."""
         while self.pending:
@@ -180,26 +204,32 @@ class Batcher:
         """Raises Overloaded where it is not let in."""
         rows = shapes[0][0] if self._info.max_batch_size and shapes and shapes[0] else 1
         level = self._queue.level(request.priority)
-        if (self._queue or self._running >= self._batching.instances) and (
-            deadline is not None or self._controller.has_slo
-        ):
-            self._refuse_late(level, rows, now, deadline)
+        self._refuse_late(self._queue.rows(level), rows, now, deadline)
         if len(self._queue) >= self._batching.queue_size:
             displaced = self._queue.last_below(level)
             if displaced is None:
-                raise Overloaded(
-                    f"{len(self._queue)} requests wait for model {self._info.name!r}, which is all that may",
-                    hint="send it again later, or serve with a larger queue_size",
-                )
+                raise self._full()
             self._leave(displaced)
             self._fail(displaced, Overloaded("the queue is full of requests of a higher priority", hint="try again"))
         answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
         key = self._layout.key(request.inputs)
         return Waiting(request, rows, key, shapes, level, received, now, deadline, answer)
 
-    def _refuse_late(self, level: int, rows: int, now: int, deadline: int | None) -> None:
-        running, began = next(iter(self._started.values())) if self._running >= self._batching.instances else (0, now)
-        wait = self._controller.wait_ns(self._queue.rows(level), running, now - began)
+    def _full(self) -> Overloaded:
+        return Overloaded(
+            f"{len(self._queue)} requests wait for model {self._info.name!r}, which is all that may",
+            hint="send it again later, or serve with a larger queue_size",
+        )
+
+    def _refuse_late(self, ahead: int, rows: int, now: int, deadline: int | None) -> None:
+        """Raises Overloaded where a request behind ``ahead`` rows would be answered too late."""
+        if deadline is None and not self._controller.has_slo:
+            return
+        busy = self._running >= self._batching.instances
+        if not ahead and not busy:
+            return
+        running, began = next(iter(self._started.values())) if busy else (0, now)
+        wait = self._controller.wait_ns(ahead, running, now - began)
         if self._controller.too_late(wait, rows):
             raise Overloaded(
                 f"model {self._info.name!r} could not answer within the latency that is promised",

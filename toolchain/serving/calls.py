@@ -8,6 +8,7 @@ sends one, made up where not, and handed back.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import os
@@ -174,6 +175,9 @@ class Observed(Hosted):
 
     def is_ready(self, model: str | None = None, version: str = "") -> bool:
         return self._hosted.is_ready(model, version) and not self.draining
+
+    def expecting(self, model: str, version: str = "") -> contextlib.AbstractContextManager[None]:
+        return self._hosted.expecting(model, version)
 
     async def infer(self, request: Request) -> Response:
         call = CALL.get()

@@ -29,6 +29,7 @@ from toolchain.serving.base import (
     Unauthenticated,
     Unavailable,
 )
+from toolchain.serving.http_protocol import CONNECTION
 from toolchain.serving.options import ServerOptions
 
 if TYPE_CHECKING:
@@ -76,11 +77,16 @@ class _Infer:
             if self._auth is not None:
                 self._auth.check(model, _text(headers.get(b"authorization")))
             info = self._served.info(model, version)
-            body = await http_body.read(receive, headers, max_bytes=self._max_bytes)
-            size = headers.get(b"inference-header-content-length")
-            request, binary = self._decoder.read(
-                body, None if size is None else _header_size(size), info, version=version, received_ns=received_ns
-            )
+            text = headers.get(b"inference-header-content-length")
+            size = None if text is None else _header_size(text)
+            connection = scope["extensions"].get(CONNECTION) if "extensions" in scope else None
+            body: bytes | memoryview
+            if connection is not None and connection.large:
+                with self._served.expecting(model, version):
+                    body = await http_body.read_large(connection, headers, lead=size or 0, max_bytes=self._max_bytes)
+            else:
+                body = await http_body.read(receive, headers, max_bytes=self._max_bytes)
+            request, binary = self._decoder.read(body, size, info, version=version, received_ns=received_ns)
             answer, header_size = self._encoder.write(await self._served.infer(request), binary)
         except Exception as error:  # noqa: BLE001 - whatever it is, the client is answered; _explained logs it
             await _send_error(send, error)

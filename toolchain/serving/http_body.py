@@ -9,10 +9,14 @@ import asyncio
 import gzip
 import zlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from starlette.types import Receive
 
 from toolchain.serving.base import InvalidRequest, TooLarge
+
+if TYPE_CHECKING:
+    from toolchain.serving.http_protocol import LimitedProtocol
 
 #: Smaller answers are not worth compressing.
 COMPRESSED_FROM = 1024
@@ -20,6 +24,11 @@ COMPRESSED_FROM = 1024
 
 async def read(receive: Receive, headers: Mapping[bytes, bytes], *, max_bytes: int) -> bytes:
     """The whole body of a request, decompressed (in a thread).
+
+    Args:
+        receive: of ASGI.
+        headers: of the request.
+        max_bytes: that are taken.
 
     Raises:
         TooLarge: as soon as it is beyond ``max_bytes``, before or after decompression.
@@ -45,13 +54,37 @@ async def read(receive: Receive, headers: Mapping[bytes, bytes], *, max_bytes: i
         else:
             raise InvalidRequest("the client left before its request was whole")
         body = b"".join(parts)
-    encoding = headers.get(b"content-encoding")
-    if encoding is None or encoding.strip().lower() in (b"", b"identity"):
-        return body
-    return await asyncio.to_thread(decompressed, body, encoding.strip().lower(), max_bytes=max_bytes)
+    encoding = _encoding(headers)
+    return body if encoding is None else await asyncio.to_thread(decompressed, body, encoding, max_bytes=max_bytes)
 
 
-def decompressed(body: bytes, encoding: bytes, *, max_bytes: int) -> bytes:
+async def read_large(
+    connection: LimitedProtocol, headers: Mapping[bytes, bytes], *, lead: int, max_bytes: int
+) -> bytes | memoryview:
+    """As ``read``, of a body that waits on its connection (``LimitedProtocol.large``).
+
+    Args:
+        connection: it waits there.
+        headers: of the request.
+        lead: the byte that is to be aligned, if the body is not compressed.
+        max_bytes: that are taken.
+
+    Raises:
+        TooLarge, InvalidRequest: as ``read``.
+    """
+    if connection.large > max_bytes:
+        raise _too_large(max_bytes)
+    body = await connection.whole(lead=lead)
+    encoding = _encoding(headers)
+    return body if encoding is None else await asyncio.to_thread(decompressed, body, encoding, max_bytes=max_bytes)
+
+
+def _encoding(headers: Mapping[bytes, bytes]) -> bytes | None:
+    encoding = headers.get(b"content-encoding", b"").strip().lower()
+    return None if encoding in (b"", b"identity") else encoding
+
+
+def decompressed(body: bytes | memoryview, encoding: bytes, *, max_bytes: int) -> bytes:
     """What ``body`` was before it was compressed; never more than ``max_bytes`` of it are made.
 
     Raises:

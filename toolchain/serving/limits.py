@@ -1,54 +1,23 @@
-"""What a client of the HTTP port may take: bytes of headers and body, time to send them, requests in flight.
+"""What the application is spared: bodies that are too large, more requests at once than are to be handled.
 
-Two halves, because an ASGI application is only called when all headers are there. ``LimitedProtocol`` is uvicorn's own
-protocol with a count of the bytes of a header and one timer for a whole request: uvicorn has neither (llhttp takes
-headers of any size, and a connection that sends a byte a minute is kept for ever). ``Limits`` is ASGI around the
-application: sizes of bodies, and how many requests are handled at once.
+ASGI around the application. What can be bounded before all headers of a request are there is in ``http_protocol``.
 
 A request that is too large is answered and its connection closed without reading the rest of it (RFC 9110, 15.5.14).
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, ClassVar
-
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from typing import Any
 
 from toolchain.serving import wire
-from toolchain.serving.base import InvalidRequest, Overloaded, ServingError, TooLarge, Unavailable
+from toolchain.serving.base import Overloaded, ServingError, TooLarge, Unavailable
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
-
-#: Of the request line and all headers of one request, bytes. Tokens and trace contexts are far below it.
-MAX_HEADER_BYTES = 32 << 10
-#: Of a connection on which nothing is asked, seconds.
-KEEP_ALIVE_SECONDS = 75
-
-
-class HeadersTooLarge(ServingError):
-    """The headers of a request are beyond ``MAX_HEADER_BYTES``."""
-
-    http = 431
-    grpc = "RESOURCE_EXHAUSTED"
-
-    def __init__(self) -> None:
-        super().__init__(f"the headers are larger than {MAX_HEADER_BYTES} bytes")
-
-
-class RequestTimeout(ServingError):
-    """A client took too long to send its request."""
-
-    http = 408
-    grpc = "DEADLINE_EXCEEDED"
-
-    def __init__(self) -> None:
-        super().__init__("the request did not arrive in time")
 
 
 def answer(error: ServingError, *, close: bool = False) -> tuple[Message, Message]:
@@ -63,131 +32,6 @@ def answer(error: ServingError, *, close: bool = False) -> tuple[Message, Messag
         {"type": "http.response.start", "status": error.http, "headers": headers},
         {"type": "http.response.body", "body": body},
     )
-
-
-class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with bounds on headers, on connections, and on the time that a client may take.
-
-    ``client_timeout`` holds for sending a request, first byte to last, and for taking an answer that does not fit the
-    socket's buffer. A connection beyond ``max_connections`` is closed at once.
-    """
-
-    client_timeout: ClassVar[float] = 30.0
-    max_connections: ClassVar[int] = 1 << 16
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._unfinished = 0  # bytes that came since headers began and did not end them
-        self._header_bytes = 0
-        self._in_headers = False
-        self._refusal: ServingError | None = None
-        self._write_timer: asyncio.TimerHandle | None = None
-        self._timer: asyncio.TimerHandle | None = self.loop.call_later(self.client_timeout, self._too_slow)
-        if len(self.connections) > self.max_connections:
-            transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        self.resume_writing()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():  # what a client goes on to send after it was refused
-            return
-        super().data_received(data)
-        if not self._in_headers:
-            self._unfinished = 0
-            return
-        self._unfinished += len(data)
-        if self._unfinished > MAX_HEADER_BYTES and not self.transport.is_closing():
-            self._refusal = HeadersTooLarge()
-            self.send_400_response("")
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._header_bytes = 0
-        self._in_headers = True
-        self._stop_timer()
-        self._timer = self.loop.call_later(self.client_timeout, self._too_slow)
-
-    def on_url(self, url: bytes) -> None:
-        self._count(len(url))
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value) + 4)
-        super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        self._in_headers = False
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        self._stop_timer()
-        super().on_message_complete()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self.client_timeout, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
-        super().resume_writing()
-
-    def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP, or too large, in the form of all errors, and closes."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            if self.cycle.response_started or self.pipeline:  # another answer is under way
-                self.transport.close()
-                return
-            # it is the body that is wrong: the application hears that the client is gone, and says nothing
-            self.cycle.response_complete = self.cycle.disconnected = True
-            self.cycle.message_event.set()
-        start, body = answer(self._refusal or InvalidRequest("this is not HTTP/1.1"), close=True)
-        headers = b"".join(name + b": " + value + b"\r\n" for name, value in start["headers"])
-        self.transport.write(STATUS_LINE[start["status"]] + headers + b"\r\n" + body["body"])
-        self.transport.close()
-
-    def _count(self, size: int) -> None:
-        self._header_bytes += size
-        if self._header_bytes > MAX_HEADER_BYTES:
-            self._refusal = HeadersTooLarge()
-            raise self._refusal  # the parser stops, and uvicorn calls send_400_response
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _too_slow(self) -> None:
-        self._timer = None
-        if self.transport.is_closing():
-            return
-        if self.flow.read_paused:  # it is us who do not read
-            self._timer = self.loop.call_later(self.client_timeout, self._too_slow)
-            return
-        if self._in_headers:
-            self._refusal = RequestTimeout()
-            self.send_400_response("")
-            return
-        cycle = self.cycle
-        if cycle is not None and not cycle.response_complete:  # it waits for the rest of the body
-            if not cycle.response_started:
-                self._refusal = RequestTimeout()
-                self.send_400_response("")
-                return
-            cycle.disconnected = True
-            cycle.message_event.set()
-        self.transport.close()
-
-
-def protocol(*, client_timeout: float, max_connections: int) -> type[LimitedProtocol]:
-    """The protocol with these bounds: uvicorn makes one for each connection and hands it nothing of ours."""
-    bounds = {"client_timeout": client_timeout, "max_connections": max_connections}
-    return type("BoundedProtocol", (LimitedProtocol,), bounds)
 
 
 class Limits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import time
 import uuid
 
@@ -84,6 +85,11 @@ class Loaded:
         if self._cache is None:
             return await self._batcher.infer(request)
         return await self._through_cache(self._cache, request)
+
+    def expecting(self) -> contextlib.AbstractContextManager[None]:
+        """Around the reading of a request that is large. Raises Overloaded, as ``Batcher.expecting``."""
+        # What may be answered out of the cache is not refused before it is known.
+        return self._batcher.expecting() if self._cache is None else contextlib.nullcontext()
 
     def shrink(self, share: float) -> None:
         """Memory is short: cuts the largest batch to a share of what it is now, to one row at least."""

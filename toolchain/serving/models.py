@@ -169,6 +169,14 @@ class Models:
             **{name: self._relief[name] for name in ("shrinks", "relief_evictions", "refusals")},
         }
 
+    def expecting(self, model: str, version: str = "") -> contextlib.AbstractContextManager[None]:
+        """Around the reading of a large request. Raises NotFound, Unavailable, Overloaded."""
+        entry = self._lineup(model).pick(version)
+        if self._refusing:
+            raise self._out_of_memory(entry)
+        # Where a version is on trial another one may take it; one that is not in memory has no queue yet.
+        return contextlib.nullcontext() if entry.loaded is None else entry.loaded.expecting()
+
     async def infer(self, request: Request) -> Response:
         """Answers a request. Raises ServingError; nothing else leaves it but cancellation."""
         lineup = self._lineups.get(request.model) or self._lineup(request.model)
@@ -176,9 +184,7 @@ class Models:
             raise Unavailable("the server is shutting down")
         entry = lineup.pick(request.version, request)
         if self._refusing:
-            self._relief["refusals"] += 1
-            entry.statistics.rejected("REJECTED")
-            raise Overloaded("the server is out of memory", hint="send it again later")
+            raise self._out_of_memory(entry)
         trial = lineup.trial
         if trial is None:
             return await self._answer(lineup, entry, request, entry.window)
@@ -265,6 +271,11 @@ class Models:
             await lineup.settled()
 
     # How a request is answered.
+
+    def _out_of_memory(self, entry: Entry) -> Overloaded:
+        self._relief["refusals"] += 1
+        entry.statistics.rejected("REJECTED")
+        return Overloaded("the server is out of memory", hint="send it again later")
 
     def _lineup(self, model: str) -> Lineup:
         lineup = self._lineups.get(model)

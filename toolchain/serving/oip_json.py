@@ -66,7 +66,7 @@ class Decoder:
         self._known: dict[tuple[str, str, bytes], _Header] = {}
 
     def read(
-        self, body: bytes, header_size: int | None, info: ModelInfo, *, version: str, received_ns: int
+        self, body: bytes | memoryview, header_size: int | None, info: ModelInfo, *, version: str, received_ns: int
     ) -> tuple[Request, frozenset[str]]:
         """Reads one body.
 
@@ -79,7 +79,7 @@ class Decoder:
             received_ns: ``time.monotonic_ns()`` when the request came.
 
         Returns:
-            The request, its arrays views of ``body`` where that is aligned, and the outputs that are wanted in binary.
+            The request, its arrays views of ``body``, and the outputs that are wanted in binary.
 
         Raises:
             InvalidRequest, TooLarge: as ``base`` says.
@@ -105,10 +105,10 @@ class Decoder:
         request = Request(info.name, version, arrays, header.outputs, header.id, header.priority, deadline, received_ns)
         return request, header.binary
 
-    def _header(self, body: bytes, size: int | None, info: ModelInfo) -> _Header:
+    def _header(self, body: bytes | memoryview, size: int | None, info: ModelInfo) -> _Header:
         if size is not None and not 0 < size <= len(body):
             raise InvalidRequest(f"Inference-Header-Content-Length is {size}, and the body has {len(body)} bytes")
-        text = body if size is None else body[:size]
+        text = bytes(body if size is None else body[:size])
         if len(text) > _REMEMBERED_BYTES:
             return _parsed(text, size is not None, info, self._max_bytes)
         key = (info.name, info.version, text)

@@ -28,7 +28,8 @@ from runtimes import Error
 from toolchain.serving import admin, grpc_app, http_app, metrics_page, page_routes, repository, stats, tracing
 from toolchain.serving.auth import Auth
 from toolchain.serving.calls import GrpcCalls, HttpCalls, Observed, Observer
-from toolchain.serving.limits import KEEP_ALIVE_SECONDS, App, Limits, protocol
+from toolchain.serving.http_protocol import KEEP_ALIVE_SECONDS, protocol
+from toolchain.serving.limits import App, Limits
 from toolchain.serving.logs import Logs, RequestLog
 from toolchain.serving.models import Models
 from toolchain.serving.options import ServerOptions
@@ -126,7 +127,7 @@ class HttpServer:
         config = uvicorn.Config(
             app,
             uds=None if unix is None else str(unix),
-            http=protocol(
+            http=protocol(  # type: ignore[arg-type]  # uvicorn only makes them
                 client_timeout=options.client_timeout_seconds, max_connections=2 * options.max_in_flight + 64
             ),
             ws="none",

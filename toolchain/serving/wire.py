@@ -76,7 +76,7 @@ def dims(spec: TensorSpec) -> list[int]:
 
 
 def from_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview) -> np.ndarray:
-    """A tensor out of the bytes of a request: a view of them where they are aligned, else a copy.
+    """A tensor out of the bytes of a request: a view of them, aligned or not; of strings a copy.
 
     Args:
         name: of the input, for errors.
@@ -100,7 +100,7 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview)
     array = np.frombuffer(data, dtype).reshape(shape)
     if datatype == "BOOL" and count and data.tobytes().strip(b"\0\1"):
         raise InvalidRequest(f"input {name!r} is BOOL, and has bytes that are neither 0 nor 1")
-    return array if array.flags.aligned else array.copy()
+    return array
 
 
 def to_bytes(array: np.ndarray) -> bytes | memoryview:

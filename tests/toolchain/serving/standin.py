@@ -108,6 +108,9 @@ class Few:
             self.info(model, version)
         return True
 
+    def expecting(self, model: str, version: str = "") -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     async def infer(self, request: Request) -> Response:
         self.seen.append(request)
         if self.fails is not None:

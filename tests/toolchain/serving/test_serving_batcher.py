@@ -73,6 +73,34 @@ def test_what_came_in_during_a_run_is_run_together_and_each_gets_its_own() -> No
     asyncio.run(scene())
 
 
+def askew(value: float) -> np.ndarray:
+    """Of one row, and where no runtime wants it."""
+    raw = np.frombuffer(b"." + np.full((1, 4), value, np.float32).tobytes(), np.float32, offset=1).reshape(1, 4)
+    assert not raw.flags.aligned
+    return raw
+
+
+def test_a_runtime_sees_aligned_inputs_only(tmp_path: Path) -> None:
+    async def scene() -> None:
+        session = Scripted()
+        seen: list[bool] = []
+        run = session.run
+
+        def watched(inputs: Any, *args: Any, **more: Any) -> Any:
+            seen.extend(bool(array.flags.aligned) for array in inputs.values())
+            return run(inputs, *args, **more)
+
+        session.run = watched  # type: ignore[method-assign]
+        loaded = make(session, known=FLAT)
+        alone = await loaded.infer(Request("m", "", {"x": askew(3)}))
+        together = await asyncio.gather(*(loaded.infer(Request("m", "", {"x": askew(n)})) for n in (1, 2)))
+        assert [answer.outputs["y"].tolist() for answer in (alone, *together)] == [[[2.0 * n] * 4] for n in (3, 1, 2)]
+        assert session.rows == [1, 2]
+        assert seen == [True, True]
+
+    asyncio.run(scene())
+
+
 def test_requests_of_one_turn_of_the_loop_share_a_batch() -> None:
     async def scene() -> None:
         session = Scripted()

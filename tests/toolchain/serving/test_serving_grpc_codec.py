@@ -64,11 +64,11 @@ def test_fields_in_any_order_and_fields_that_nobody_knows() -> None:
 
 
 def test_raw_tensors_are_views_of_the_message() -> None:
-    # Wherever the data lies in the message, it is read right, and aligned.
+    # Wherever the data lies in the message, it is read right.
     for pad in range(8):
         request = raw(id="i" * pad)
         assert read(request).inputs["x"].tolist() == [[1, 2]]
-        assert read(request).inputs["x"].flags.aligned
+        assert read(request).inputs["x"].base is not None
 
 
 @pytest.mark.parametrize(

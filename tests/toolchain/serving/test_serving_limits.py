@@ -15,7 +15,8 @@ pytest.importorskip("httptools")
 
 import uvicorn
 
-from toolchain.serving.limits import MAX_HEADER_BYTES, App, Limits, Message, Receive, Send, protocol
+from toolchain.serving.http_protocol import MAX_HEADER_BYTES, protocol
+from toolchain.serving.limits import App, Limits, Message, Receive, Send
 
 TIMEOUT = 0.3
 

@@ -60,7 +60,6 @@ def test_mixed_binary_and_json_inputs_in_any_order() -> None:
     request, _ = read({"inputs": [k, binary()]}, b"\1\2\3" + ROW.tobytes(), info=TWO)
     assert request.inputs["k"].tolist() == [1, 2, 3]
     assert request.inputs["x"].tolist() == [[1, 2]]
-    assert request.inputs["x"].flags.aligned
 
 
 def test_id_priority_timeout_and_outputs() -> None:

@@ -37,15 +37,11 @@ def test_bytes_there_and_back(array: np.ndarray) -> None:
     np.testing.assert_array_equal(back, array)
 
 
-def test_aligned_bytes_are_not_copied_and_others_are() -> None:
+def test_bytes_are_not_copied_wherever_they_lie() -> None:
     body = memoryview(bytearray(4 * 4 + 1))
-    start = np.frombuffer(body, np.uint8).ctypes.data
-    assert start % 4 == 0
-    view = wire.from_bytes("x", "FP32", (4,), body[:16])
-    assert view.ctypes.data == start
-    moved = wire.from_bytes("x", "FP32", (4,), body[1:17])
-    assert moved.flags.aligned
-    assert not np.shares_memory(moved, np.frombuffer(body, np.uint8))
+    for start in (0, 1):
+        view = wire.from_bytes("x", "FP32", (4,), body[start : start + 16])
+        assert view.ctypes.data == np.frombuffer(body, np.uint8).ctypes.data + start
 
 
 def test_a_transposed_tensor_is_written_row_by_row() -> None:
