@@ -105,6 +105,8 @@ def shortfalls(case: Case, found: dict[str, Any]) -> list[str]:
             fastest = min((peer["latency"][size]["ratio"] for peer in peers), default=each["ratio"])
             if each["ratio"] > fastest * (1 + SAME):
                 ask(f"{name}: latency of batch {size} beside the fastest peer", each["ratio"], fastest)
+    if found["no_latency"]:
+        short.append(f"latency was not measured: {found['no_latency']}")
     ratios = [row["memory_ratio"] for row in found["memory"] if "failed" not in row]
     for row in found["memory"]:
         ask(f"{row['samples']} samples: calibration x", row.get("time_ratio"), TIME)

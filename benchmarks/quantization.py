@@ -196,7 +196,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     blocks = work.kept("latency", lambda: child("latency", **job), job)
     for i, (row, file) in enumerate(zip(whole, files, strict=True)):
         row["size_mb"] = file.stat().st_size / 1e6
-        row["latency"] = _against_float(blocks, i)
+        row["latency"] = {} if "failed" in blocks else _against_float(blocks, i)
         if case.scored:
             row.update(work.kept(f"score {row['tool']}", lambda: _scored(work, file)))  # noqa: B023  called at once
     memory = [
@@ -204,7 +204,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         for count in MEMORY_SAMPLES
     ]
     tensorrt = work.kept("tensorrt", lambda: _tensorrt(folder, options.trt_python), options.trt_python)
-    return {"rows": rows, "memory": memory, "tensorrt": tensorrt}
+    return {"rows": rows, "memory": memory, "tensorrt": tensorrt, "no_latency": blocks.get("failed")}
 
 
 def _plain(folder: Path, samples: str = "calibration") -> dict[str, str]:
@@ -217,8 +217,6 @@ def _against_float(blocks: dict[str, Any], index: int) -> dict[str, Any]:
     Runs of more than a few milliseconds are interrupted where others wait for the cores, shorter ones are not: then
     medians tell more of the others than of the files, and what is compared is the fastest run of each.
     """
-    if "failed" in blocks:
-        return blocks
     result = {}
     for size, found in blocks.items():
         sides = [found[index], found[0]]
