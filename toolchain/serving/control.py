@@ -1,12 +1,83 @@
-"""The way from the supervisor to a worker: HTTP on a Unix socket that only this user can open.
+"""The ways between supervisor and workers: HTTP on Unix sockets that only this user can open.
 
-A worker answers ``/metrics``, ``/stats`` and what the admin port has; the supervisor asks all and tells the sum.
+A worker answers ``/metrics``, ``/stats``, ``/alive``, ``/result/<task>`` and what the admin port has. The supervisor
+asks all and tells the sum, and asks each whether it is alive; a worker asks another for a task, and the supervisor for
+the numbers of all.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
+
+from toolchain.serving.base import NotFound, Unavailable
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Which of several workers this process is, and the way to the others.
+
+    Attributes:
+        number: from 1.
+        folder: of the sockets.
+    """
+
+    number: int
+    folder: Path
+
+    @property
+    def socket(self) -> Path:
+        """Its own."""
+        return worker_socket(self.folder, self.number)
+
+    async def numbers(self) -> dict[str, Any]:
+        """Those of all workers together, asked of the supervisor, as ``stats.merge`` has them. Raises Unavailable."""
+        try:
+            status, body = await ask(supervisor_socket(self.folder), "/stats")
+        except OSError as error:
+            raise Unavailable(f"the supervisor does not answer: {error}") from error
+        if status != 200:
+            raise Unavailable("the supervisor has no numbers now")
+        answer: dict[str, Any] = json.loads(body)
+        return answer
+
+    async def task(self, number: int, name: str) -> tuple[str, bytes]:
+        """A task of another worker, as ``Tasks.tell`` has it.
+
+        Args:
+            number: of the worker.
+            name: of the task, checked to be one.
+
+        Raises:
+            NotFound: it has none of that name.
+            Unavailable: it does not answer now.
+        """
+        socket = worker_socket(self.folder, number)
+        if not socket.exists():
+            raise NotFound("there is no such task", hint="a worker that died takes its tasks along")
+        try:
+            status, answer = await ask(socket, f"/result/{name}")
+        except OSError:
+            raise Unavailable("the worker that has the task does not answer", hint="ask again in a moment") from None
+        if status == NotFound.http:
+            raise NotFound("there is no such task", hint="results are kept for a while only")
+        if status != 200:
+            raise Unavailable("the worker that has the task cannot tell of it now", hint="ask again in a moment")
+        model, _, body = answer.partition(b"\n")
+        return json.loads(model), body
+
+
+def worker_socket(folder: Path, number: int) -> Path:
+    """Where a worker is asked."""
+    return folder / f"worker-{number}.sock"
+
+
+def supervisor_socket(folder: Path) -> Path:
+    """Where the supervisor is asked."""
+    return folder / "supervisor.sock"
 
 
 async def ask(socket: Path, path: str, *, method: str = "GET", timeout: float = 5.0) -> tuple[int, bytes]:

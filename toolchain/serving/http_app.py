@@ -31,6 +31,7 @@ from toolchain.serving.base import (
 )
 from toolchain.serving.http_protocol import CONNECTION
 from toolchain.serving.options import ServerOptions
+from toolchain.serving.tasks import Tasks
 
 if TYPE_CHECKING:
     from toolchain.serving.auth import Auth
@@ -103,13 +104,16 @@ class _Infer:
         await send({"type": "http.response.body", "body": answer})
 
 
-def make_app(served: Hosted, *, options: ServerOptions, auth: Auth | None = None) -> fastapi.FastAPI:
+def make_app(
+    served: Hosted, *, options: ServerOptions, auth: Auth | None = None, tasks: Tasks | None = None
+) -> fastapi.FastAPI:
     """The application that answers HTTP.
 
     Args:
         served: the models.
         options: limits on sizes; the rest of them is not looked at.
         auth: asked for every route that names a model or lists them; None lets everyone in.
+        tasks: what is asked for with mode=async; None keeps them to this application.
     """
     app = _App(
         title=describe.NAME,
@@ -121,7 +125,7 @@ def make_app(served: Hosted, *, options: ServerOptions, auth: Auth | None = None
     app.infer = _Infer(served, options, auth)
     app.include_router(_health(served))
     app.include_router(_models(served, options, auth))
-    app.include_router(predict.router(served, options=options, auth=auth))
+    app.include_router(predict.router(served, options=options, auth=auth, tasks=tasks or Tasks()))
     app.add_exception_handler(ServingError, _answer_error)
     app.add_exception_handler(Exception, _answer_error)
     app.add_exception_handler(fastapi.exceptions.RequestValidationError, _answer_error)

@@ -63,10 +63,9 @@ class Classes:
     top: list[list[dict[str, Any]]]
 
 
-def router(served: Hosted, *, options: ServerOptions, auth: Auth | None) -> fastapi.APIRouter:
+def router(served: Hosted, *, options: ServerOptions, auth: Auth | None, tasks: Tasks) -> fastapi.APIRouter:
     """The routes for people: predict, result, health, cache and resource statistics."""
     router = fastapi.APIRouter(tags=["For people"])
-    tasks = Tasks()
     # Decoding takes the time of many inferences; more at once than cores would only wait for each other in memory.
     decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
     max_bytes = options.max_request_bytes
@@ -82,18 +81,13 @@ def router(served: Hosted, *, options: ServerOptions, auth: Auth | None) -> fast
         version: Annotated[str, fastapi.Query(description="of the model; the server chooses where none is given")] = "",
         mode: Annotated[
             Literal["sync", "async"],
-            fastapi.Query(description="async answers at once, with a task for /result; one worker only"),
+            fastapi.Query(description="async answers at once, with a task for /result"),
         ] = "sync",
         top: Annotated[int, fastapi.Query(ge=1, le=1000, description="classes to name, of a classifier")] = 5,
         outputs: Annotated[bool, fastapi.Query(description="whether to write the outputs whole")] = True,
     ) -> Response:
         received_ns = time.monotonic_ns()
         allow(request, model)
-        if mode == "async" and options.workers > 1:
-            # A task is known to the worker that has it, and the next connection may come to another.
-            raise Unsupported(
-                "mode=async is not served by several workers", hint="ask without it, or serve with --workers 1"
-            )
         info = served.info(model, version)
         body = await http_body.read(request.receive, dict(request.scope["headers"]), max_bytes=max_bytes)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -124,14 +118,8 @@ def router(served: Hosted, *, options: ServerOptions, auth: Auth | None) -> fast
 
     @router.get("/result/{task}", summary="What became of a prediction with mode=async")
     async def result(request: fastapi.Request, task: str) -> Response:
-        found = tasks.get(task)
-        allow(request, found.model)
-        if found.state == "done":
-            text = b'{"task":%s,"state":"done","result":%s}' % (json.dumps(task).encode(), found.result)
-        elif found.state == "failed":
-            text = oip_json.dump_json({"task": task, "state": "failed", "error": found.error, "status": found.status})
-        else:
-            text = oip_json.dump_json({"task": task, "state": "pending"})
+        model, text = await tasks.find(task)
+        allow(request, model)
         return Response(text, media_type="application/json")
 
     @router.get("/health", summary="Whether the server, and each model, can answer")

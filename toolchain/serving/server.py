@@ -12,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,13 @@ from runtimes import Error
 from toolchain.serving import admin, grpc_app, http_app, metrics_page, page_routes, repository, stats, tracing
 from toolchain.serving.auth import Auth
 from toolchain.serving.calls import GrpcCalls, HttpCalls, Observed, Observer
+from toolchain.serving.control import Place
 from toolchain.serving.http_protocol import KEEP_ALIVE_SECONDS, protocol
 from toolchain.serving.limits import App, Limits
 from toolchain.serving.logs import Logs, RequestLog
 from toolchain.serving.models import Models
 from toolchain.serving.options import ServerOptions
+from toolchain.serving.tasks import Tasks
 from toolchain.serving.tls import Certificate
 
 _log = logging.getLogger("toolchain.serving")
@@ -257,8 +261,7 @@ async def running(
     options: ServerOptions,
     *,
     stop: asyncio.Event,
-    control: Path | None = None,
-    siblings: Callable[[], Awaitable[dict[str, Any]]] | None = None,
+    place: Place | None = None,
 ) -> AsyncIterator[Ports]:
     """A server that answers inside the block, and shuts down in order as it is left.
 
@@ -266,15 +269,14 @@ async def running(
         path: an artifact, an ONNX file, or a repository.
         options: how it runs. ``workers`` is not looked at: this is one.
         stop: set by ``POST /drain`` on the admin port.
-        control: a Unix socket for metrics, stats and admin, in place of their ports; ports are shared then.
-        siblings: tells the numbers of all workers for the page, in place of those of this one.
+        place: of this worker among several: it shares the ports, and answers metrics, stats and admin on its socket.
 
     Raises:
         CannotServe, InvalidTokens, InvalidCertificate, TracingUnavailable: before anything is loaded.
         Error: there is nothing to serve at ``path``.
     """
     check_options(options)
-    worker = control is not None
+    worker = place is not None
     async with contextlib.AsyncExitStack() as stack:
         auth = Auth(None if options.tokens is None else Path(options.tokens))
         admin_auth = Auth(None if options.admin_tokens is None else Path(options.admin_tokens))
@@ -291,8 +293,9 @@ async def running(
         async def own() -> dict[str, Any]:
             return stats.collect(models)
 
-        app = http_app.make_app(observed, options=options, auth=auth if auth.wanted else None)
-        page_routes.add_to(app, siblings or own, auth=auth if auth.wanted else None)
+        tasks = Tasks(place=place)
+        app = http_app.make_app(observed, options=options, auth=auth if auth.wanted else None, tasks=tasks)
+        page_routes.add_to(app, own if place is None else place.numbers, auth=auth if auth.wanted else None)
         limits = Limits(app, max_request_bytes=options.max_request_bytes, max_in_flight=options.max_in_flight)
         administer = admin.handler(models, stop.set)
 
@@ -302,6 +305,11 @@ async def running(
                     return 200, metrics_page.CONTENT_TYPE, metrics_page.render(models).encode()
                 case "/stats":
                     return admin.as_json(stats.collect(models))
+                case "/alive":
+                    return admin.as_json({})
+                case _ if where.startswith("/result/"):
+                    owner, body = tasks.tell(where.removeprefix("/result/"))
+                    return 200, "application/json", json.dumps(owner).encode() + b"\n" + body
             return await administer(method, where)
 
         async def measured(method: str, where: str) -> admin.Answer:
@@ -321,8 +329,8 @@ async def running(
 
         if options.http_port is not None:
             listen("HTTP", options.http_port, HttpCalls(limits, observer), shared=True)
-        if control is not None:
-            https.append(HttpServer(admin.application(operate), options, unix=control))
+        if place is not None:
+            https.append(HttpServer(admin.application(operate), options, unix=place.socket))
         else:
             if options.metrics_port is not None:
                 listen("metrics", options.metrics_port, admin.application(measured))
@@ -359,10 +367,14 @@ async def running(
             await asyncio.sleep(min(LAME_DUCK_SECONDS, options.drain_seconds / 4))
             limits.draining = True
             watching.cancel()
-            stopping = [each.stop(options.drain_seconds) for each in https]
-            if rpc is not None:
-                stopping.append(rpc.stop(options.drain_seconds))
-            await asyncio.gather(*stopping)
+
+            async def stop_http() -> None:
+                end = time.monotonic() + options.drain_seconds
+                await tasks.drained(options.drain_seconds)  # while results can be fetched
+                left = max(end - time.monotonic(), 0)
+                await asyncio.gather(*(each.stop(left) for each in https))
+
+            await asyncio.gather(stop_http(), *([] if rpc is None else [rpc.stop(options.drain_seconds)]))
             await models.stop()
 
 
@@ -399,8 +411,7 @@ async def serve(
     options: ServerOptions,
     *,
     ready: Callable[[Ports], None],
-    control: Path | None = None,
-    siblings: Callable[[], Awaitable[dict[str, Any]]] | None = None,
+    place: Place | None = None,
 ) -> None:
     """Serves until a signal comes, and returns when all that was in flight is answered.
 
@@ -408,7 +419,7 @@ async def serve(
         path: an artifact, an ONNX file, or a repository.
         options: how it runs.
         ready: called once, when models that are to be preloaded are.
-        control, siblings: of a worker, see ``running``.
+        place: of a worker, see ``running``.
 
     Raises:
         Error: it cannot start; see ``running``.
@@ -417,10 +428,10 @@ async def serve(
     logs.start()
     stop = asyncio.Event()
     try:
-        if control is None:
+        if place is None:
             warn_about(options)
         with signals(stop):
-            async with running(path, options, stop=stop, control=control, siblings=siblings) as ports:
+            async with running(path, options, stop=stop, place=place) as ports:
                 if not stop.is_set():
                     ready(ports)
                 await stop.wait()

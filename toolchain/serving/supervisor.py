@@ -2,13 +2,14 @@
 
     supervisor ─ stdin (a line of JSON; its end is the end of the supervisor) → worker 1 … N
                ← stdout (a line when ready) ─
-               ← Unix socket: metrics, stats, admin ─
+               ← Unix socket: is it alive, metrics, stats, admin ─
 
 Each worker listens on the same ports (SO_REUSEPORT: the kernel spreads connections over them) and loads the models
 itself; weights that are mapped are shared through the page cache. The supervisor holds the ports, so that they stay
 ours while a worker is away; it serves the metrics of all workers as one page, and the admin port. A worker that dies
 is started again, later and later if it goes on dying; workers that die as they begin, several times in a row, end the
-server with their last words. Bounds of memory and of requests in flight are divided among the workers.
+server with their last words. One that lives and does not answer is asked to say where it is, and killed. Bounds of
+memory and of requests in flight are divided among the workers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from toolchain import child
 from toolchain.serving import admin, metrics_page, stats
 from toolchain.serving.auth import Auth
 from toolchain.serving.base import NotFound, Unavailable
-from toolchain.serving.control import ask
+from toolchain.serving.control import ask, supervisor_socket, worker_socket
 from toolchain.serving.logs import Logs
 from toolchain.serving.options import ServerOptions
 from toolchain.serving.server import CannotServe, HttpServer, Ports, bind, check_options, signals, warn_about
@@ -48,6 +49,11 @@ EARLY_DEATHS = 5
 #: How often the counts of workers are fetched, seconds: what a worker counted since dies with it.
 _LOOK_SECONDS = 2.0
 _LAST_WORDS = 20
+#: How often each worker is asked whether it lives, how long it may take to say so, and how often it may not, seconds.
+#: A machine that stood still misses one; a loop that is stuck misses all.
+BEAT_SECONDS, BEAT_TIMEOUT, BEATS = 2.0, 5.0, 3
+#: How long a worker that hangs has to write where.
+_DUMP_SECONDS = 0.5
 
 
 def divided(options: ServerOptions) -> ServerOptions:
@@ -70,13 +76,13 @@ class Worker:
 
     def __init__(self, number: int, folder: Path, start: dict[str, Any]) -> None:
         self.number = number
-        self.socket = folder / f"worker-{number}.sock"
+        self.socket = worker_socket(folder, number)
         self.ready = asyncio.Event()
         self.restarts = 0
         self.error: str | None = None
         self.words: collections.deque[str] = collections.deque(maxlen=_LAST_WORDS)
         self.index: list[dict[str, Any]] = []
-        self._start = {**start, "control": str(self.socket)}
+        self._start = {**start, "number": number, "folder": str(folder)}
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -114,6 +120,29 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
+    async def watch(self) -> None:
+        """Asks the process now and then whether it lives, and kills one that hangs: it is replaced then."""
+        missed, pid = 0, None
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            if self.pid != pid:
+                missed, pid = 0, self.pid
+            if pid is None or not self.socket.exists():
+                continue
+            try:
+                await ask(self.socket, "/alive", timeout=BEAT_TIMEOUT)
+            except TimeoutError:
+                missed += 1
+            except OSError:
+                missed = 0  # nobody listens: it begins, or it ends
+            else:
+                missed = 0
+            if missed >= BEATS and self.pid == pid:
+                _log.error("worker %d has not answered %d times: it hangs, here, and is killed", self.number, missed)
+                self.tell(signal.SIGUSR1)
+                await asyncio.sleep(_DUMP_SECONDS)
+                self.tell(signal.SIGKILL)
+
     async def _hear(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
         async for line in process.stdout:
@@ -146,7 +175,6 @@ class Supervisor:
         start = {
             "path": str(path.absolute()),
             "options": divided(options).model_dump(mode="json"),
-            "supervisor": str(folder / "supervisor.sock"),
         }
         self.workers = [Worker(number, folder, start) for number in range(1, options.workers + 1)]
         self.stop = asyncio.Event()
@@ -320,7 +348,7 @@ async def supervise(path: Path, options: ServerOptions, *, ready: Callable[[Port
                 stack.callback(bound.close)
                 found[what] = bound.getsockname()[1]
                 https.append(HttpServer(app, options, bound=bound))
-        https.append(HttpServer(admin.application(watcher.numbers), options, unix=folder / "supervisor.sock"))
+        https.append(HttpServer(admin.application(watcher.numbers), options, unix=supervisor_socket(folder)))
         for each in https:
             await each.start()
 
@@ -331,10 +359,12 @@ async def supervise(path: Path, options: ServerOptions, *, ready: Callable[[Port
 
         with signals(watcher.stop, kill):
             keeping = [asyncio.create_task(watcher.keep(worker)) for worker in watcher.workers]
-            looking = asyncio.create_task(watcher.look())
+            looking = [asyncio.create_task(worker.watch()) for worker in watcher.workers]
+            looking.append(asyncio.create_task(watcher.look()))
             telling = asyncio.create_task(_tell(watcher, options, found, ready))
             await watcher.stop.wait()
-            looking.cancel()
+            for task in looking:
+                task.cancel()
             telling.cancel()
             for worker in watcher.workers:
                 worker.tell(signal.SIGTERM)
@@ -363,19 +393,3 @@ async def _tell(
         options.tls_certificate is not None, tuple(watcher.workers[0].index),
     )  # fmt: skip
     ready(ports)
-
-
-def siblings(supervisor: Path) -> Callable[[], Awaitable[dict[str, Any]]]:
-    """For a worker: the numbers of all of them, asked of the supervisor."""
-
-    async def numbers() -> dict[str, Any]:
-        try:
-            status, body = await ask(supervisor, "/stats")
-        except OSError as error:
-            raise Unavailable(f"the supervisor does not answer: {error}") from error
-        if status != 200:
-            raise Unavailable("the supervisor has no numbers now")
-        answer: dict[str, Any] = json.loads(body)
-        return answer
-
-    return numbers

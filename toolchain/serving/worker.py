@@ -6,6 +6,7 @@ was killed drains and goes too. Standard output takes one line: the models when 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -14,10 +15,10 @@ import threading
 from pathlib import Path
 
 from runtimes import Error
+from toolchain.serving.control import Place
 from toolchain.serving.loop import run
 from toolchain.serving.options import ServerOptions
 from toolchain.serving.server import Ports, serve
-from toolchain.serving.supervisor import siblings
 
 
 def _leave_with_supervisor() -> None:
@@ -34,6 +35,8 @@ def main() -> int:
     """Serves until SIGTERM. Returns the exit code: 0, or 2 where it cannot serve."""
     start = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_leave_with_supervisor, daemon=True).start()
+    # Where the supervisor finds that it hangs, its log says where.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
 
     def ready(ports: Ports) -> None:
         _tell(index=ports.index)
@@ -44,8 +47,7 @@ def main() -> int:
                 Path(start["path"]),
                 ServerOptions.model_validate(start["options"]),
                 ready=ready,
-                control=Path(start["control"]),
-                siblings=siblings(Path(start["supervisor"])),
+                place=Place(start["number"], Path(start["folder"])),
             )
         )
     except Error as error:

@@ -230,14 +230,6 @@ def test_a_task_that_fails_and_one_that_never_was(port: int) -> None:
     assert fetch(port, "/predict/nope?mode=async", b"[1]")[0] == 404
 
 
-def test_several_workers_take_no_tasks_that_only_one_of_them_would_know(few: Few) -> None:
-    with running(few, ServerOptions(workers=2)) as (port, _):
-        assert fetch(port, "/predict/double", b"[1, 2, 3, 4]")[0] == 200
-        status, _, body = fetch(port, "/predict/double?mode=async", b"[1, 2, 3, 4]")
-        assert status == 501
-        assert "--workers 1" in json.loads(body)["error"]
-
-
 def test_health_and_statistics(port: int) -> None:
     status, _, body = fetch(port, "/health")
     assert (status, json.loads(body)["status"]) == (200, "ready")

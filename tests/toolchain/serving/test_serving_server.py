@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import os
-import re
 import signal
 import socket
 import ssl
@@ -14,9 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,18 +25,7 @@ pytest.importorskip("prometheus_client")
 import onnx
 import onnx.parser
 import tritonclient.grpc as grpc_client
-from prometheus_client.parser import text_string_to_metric_families
-
-ROOT = Path(__file__).resolve().parents[3]
-ADD = """<ir_version: 9, opset_import: ["": 17]>
-g (float[n, 3] x) => (float[n, 3] y) { one = Constant <value = float {1.0}> () y = Add (x, one) }"""
-#: Runs for some seconds, by multiplying as long as it is told.
-SLOW = """<ir_version: 9, opset_import: ["": 17]>
-g (int64[1] x, float[600, 600] w) => (float[600, 600] y) {
-  yes = Constant <value = bool {1}> ()
-  y = Loop (x, yes, w) <body = b (int64 i, bool go, float[600, 600] a) => (bool on, float[600, 600] c)
-    { on = Identity (go) s = Constant <value = float {0.001}> () m = MatMul (a, a) c = Mul (m, s) }>
-}"""
+from server_support import ADD, ROOT, SLOW, Server, served
 
 
 @pytest.fixture(scope="module")
@@ -48,90 +33,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "add.onnx"
     onnx.save(onnx.parser.parse_model(ADD), path)
     return path
-
-
-class Server:
-    """``toolchain serve`` as a child, ready."""
-
-    def __init__(self, path: Path, *options: str, wait: bool = True, environment: dict[str, str] | None = None) -> None:
-        ports = [word for name in ("http", "grpc", "metrics") for word in (f"--{name}-port", "0")]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "toolchain", "serve", str(path), *ports, *options],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "OTEL_SDK_DISABLED": "true", **(environment or {})},
-        )  # fmt: skip
-        self.out: list[str] = []
-        self.err: list[str] = []
-        self._readers = [
-            threading.Thread(target=lambda: self.out.extend(iter(self.process.stdout.readline, ""))),  # type: ignore
-            threading.Thread(target=lambda: self._listen(self.process.stderr)),
-        ]
-        for reader in self._readers:
-            reader.start()
-        if wait:
-            self.until(lambda: any(line.startswith("model") for line in self.out))
-
-    def _listen(self, stream: Any) -> None:
-        for line in iter(stream.readline, ""):
-            self.err.append(line)
-
-    def until(self, true: Callable[[], bool], seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
-        while not true():
-            assert self.process.poll() is None, self.said()
-            assert time.monotonic() < end, self.said()
-            time.sleep(0.02)
-
-    def said(self) -> str:
-        return "".join(self.out + self.err)
-
-    def port(self, name: str) -> int:
-        line = next(line for line in self.out if line.startswith(name))
-        return int(re.search(r":(\d+)", line)[1])  # type: ignore[index]
-
-    def ask(
-        self, method: str, path: str, body: bytes | None = None, *, port: str = "HTTP", **headers: str
-    ) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port(port), timeout=30)
-        try:
-            connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        finally:
-            connection.close()
-
-    def infer(self, value: float = 1.0, name: str = "add") -> tuple[int, Any]:
-        inputs = [{"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [value] * 3}]
-        status, body = self.ask("POST", f"/v2/models/{name}/infer", json.dumps({"inputs": inputs}).encode())
-        return status, json.loads(body)
-
-    def metric(self, name: str) -> float:
-        status, body = self.ask("GET", "/metrics", port="metrics")
-        assert status == 200
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(body.decode())
-            for sample in family.samples
-            if sample.name.removesuffix("_total") == name
-        )
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        code = self.process.wait(60)
-        for reader in self._readers:
-            reader.join(10)
-        return code
-
-
-@contextlib.contextmanager
-def served(path: Path, *options: str, **more: Any) -> Iterator[Server]:
-    server = Server(path, *options, **more)
-    try:
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.process.wait()
 
 
 def test_all_of_it_starts_answers_and_ends_with_a_signal(model: Path) -> None:
@@ -206,7 +107,7 @@ def test_a_busy_port_is_an_error_that_names_it(model: Path, name: str, workers: 
         port = str(taken.getsockname()[1])
         server = Server(model, f"--{name}-port", port, "--workers", workers, wait=False)
         assert server.process.wait(60) == 2
-        for reader in server._readers:
+        for reader in server.readers:
             reader.join()
         assert "cannot listen" in server.said()
         assert port in server.said()
@@ -300,61 +201,6 @@ def test_tls_and_a_certificate_that_changes_while_it_runs(model: Path, tmp_path:
         server.until(lambda: presented() == new)
         assert rpc(cert)
         assert server.end() == 0
-
-
-def test_workers_share_the_work_and_a_dead_one_comes_back(model: Path) -> None:
-    with served(model, "--workers", "2") as server:
-        for _ in range(40):
-            assert server.infer()[0] == 200
-        assert server.metric("nv_inference_request_success") == 40
-        assert server.metric("toolchain_workers") == 2
-        # on both of them, by the kernel's choice: 40 connections on one alone are one chance in 2^39
-        stats = json.loads(server.ask("GET", "/stats")[1])
-        assert stats["workers"] == 2
-        assert stats["models"][0]["success"] == 40
-        time.sleep(2.5)  # the supervisor looks at their counts each two seconds
-        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
-        workers = [int(word) for word in children.read_text().split()]
-        assert len(workers) == 2
-        os.kill(workers[0], signal.SIGKILL)
-        server.until(lambda: any("SIGKILL" in line for line in server.err))
-        server.until(lambda: server.metric("toolchain_workers") == 2)
-        assert server.metric("toolchain_worker_restarts") == 1
-        assert server.metric("nv_inference_request_success") == 40, "what a dead worker counted stays"
-        for _ in range(10):
-            assert server.infer()[0] == 200
-        assert server.end() == 0
-        time.sleep(0.2)
-        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-
-
-def test_workers_go_when_their_supervisor_is_killed(model: Path) -> None:
-    with served(model, "--workers", "2") as server:
-        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
-        workers = [int(word) for word in children.read_text().split()]
-        assert len(workers) == 2
-        server.process.kill()
-        server.process.wait()
-        end = time.monotonic() + 30
-        while any(_runs(pid) for pid in workers):
-            assert time.monotonic() < end
-            time.sleep(0.1)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def test_workers_that_cannot_serve_end_the_server_with_why(tmp_path: Path) -> None:
-    (tmp_path / "broken.onnx").write_bytes(b"this is no model")
-    server = Server(tmp_path / "broken.onnx", "--tokens", str(tmp_path / "none"), "--workers", "2", wait=False)
-    assert server.process.wait(60) == 2
-    for reader in server._readers:
-        reader.join()
-    assert "tokens cannot be read" in server.said()
 
 
 def test_serving_loads_nothing_that_builds(model: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
-from toolchain.serving.base import InvalidRequest, NotFound, Overloaded
+from toolchain.serving.base import InvalidRequest, NotFound, Overloaded, Unavailable
+from toolchain.serving.control import Place
 from toolchain.serving.tasks import Tasks
 
 
@@ -110,3 +112,57 @@ def test_work_that_takes_too_long_is_given_up() -> None:
 def test_a_name_that_was_never_given() -> None:
     with pytest.raises(NotFound):
         Tasks().get("x")
+
+
+def test_names_of_several_workers_say_who_has_the_task(tmp_path: Path) -> None:
+    async def run() -> None:
+        mine, asked = Tasks(place=Place(2, tmp_path)), []
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            asked.append((await reader.readuntil(b"\r\n\r\n")).split(b" ")[1])
+            body = b'"m"\n{"state":"done"}' if asked[-1] == b"/result/1.there" else b"no"
+            writer.write(b"HTTP/1.1 %d x\r\n\r\n%s" % (200 if body != b"no" else 404, body))
+            writer.close()
+
+        server = await asyncio.start_unix_server(answer, tmp_path / "worker-1.sock")
+        async with server:
+            name = mine.start("m", give(b"1"), size=0)
+            assert name.startswith("2.")
+            await settle()
+            assert await mine.find(name) == ("m", b'{"task":"%s","state":"done","result":1}' % name.encode())
+            assert await mine.find("1.there") == ("m", b'{"state":"done"}')
+            for other in ("1.not", "3.there", "2.there", "there", "1.x y", "1.x\r\nHost:", "1.", "10000.a", "01.a"):
+                with pytest.raises(NotFound):
+                    await mine.find(other)
+            assert asked == [b"/result/1.there", b"/result/1.not"]
+        # The socket is there, and nobody behind it: it may be there again in a moment.
+        with pytest.raises(Unavailable):
+            await mine.find("1.there")
+
+    asyncio.run(run())
+
+
+def test_draining_waits_for_what_is_pending_and_a_little_for_whoever_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolchain.serving.tasks.FETCH_SECONDS", 0.3)
+
+    async def run() -> None:
+        tasks, go = Tasks(), asyncio.Event()
+        name = tasks.start("m", give(b"1", after=go), size=0)
+        drained = asyncio.create_task(tasks.drained(20))
+        await asyncio.sleep(0.4)
+        assert not drained.done()
+        go.set()
+        await settle()
+        assert not drained.done()
+        assert tasks.tell(name)[0] == "m"
+        async with asyncio.timeout(10):
+            await drained
+        # Nobody comes for this one, and the time that a shutdown has bounds it all.
+        tasks.start("m", give(b"2"), size=0)
+        async with asyncio.timeout(10):
+            await tasks.drained(20)
+        tasks.start("m", give(b"3", after=asyncio.Event()), size=0)
+        async with asyncio.timeout(10):
+            await tasks.drained(0.1)
+
+    asyncio.run(run())
