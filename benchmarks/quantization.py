@@ -12,7 +12,7 @@ calibration  seconds from samples to ranges; x is against a process that only ru
 memory       VmHWM of that process at that time, imports and all; x is against the process that only runs the model.
 latency      milliseconds of FP32, and of the others over FP32, on ONNX Runtime: all files of a model in one process,
              a block of runs each in turn; the median over the rounds of the ratio within a round. A question mark
-             says that something else had the machine: then it is the fastest run over the fastest.
+             says that something else had the machine: then it is the fastest run over the fastest, for all.
 even         where a tool fails on the samples as they come, since the last batch is smaller or sentences have many
              lengths, it gets another row with batches that are all alike.
 TensorRT     the same calibration in the TensorRT dialect, built by tensorrt-rtx, without a GPU.
@@ -219,14 +219,14 @@ def _against_float(blocks: dict[str, Any], index: int) -> dict[str, Any]:
     """
     result = {}
     for size, found in blocks.items():
-        sides = [found[index], found[0]]
-        usual = [statistics.median(block[0] for block in side) for side in sides]
-        least = [min(block[1] for block in side) for side in sides]
+        usual = [statistics.median(block[0] for block in side) for side in found]
+        least = [min(block[1] for block in side) for side in found]
+        # of all files or of none: a median over a median is not to be compared with a fastest over a fastest
         disturbed = any(m > _DISTURBED * x for m, x in zip(usual, least, strict=True))
-        ratio = statistics.median(a[0] / b[0] for a, b in zip(*sides, strict=True))
+        ratio = statistics.median(a[0] / b[0] for a, b in zip(found[index], found[0], strict=True))
         result[size] = {
-            "ms": least[0] if disturbed else usual[0],
-            "ratio": least[0] / least[1] if disturbed else ratio,
+            "ms": least[index] if disturbed else usual[index],
+            "ratio": least[index] / least[0] if disturbed else ratio,
             "disturbed": disturbed,
         }
     return result
