@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import fastapi
 import fastapi.exceptions
@@ -121,6 +121,8 @@ def make_app(
         summary="Open Inference Protocol v2, and predictions for people without a client.",
         responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
         redirect_slashes=False,  # a path that is almost right is wrong
+        docs_url=None,  # page_routes has /docs: FastAPI's own page loads its script from somebody else
+        redoc_url=None,
     )
     app.infer = _Infer(served, options, auth)
     app.include_router(_health(served))
@@ -177,27 +179,28 @@ def _models(served: Hosted, options: ServerOptions, auth: Auth | None) -> fastap
         return _json(describe.index(served, ready=wanted.get("ready", False)))
 
     for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        said = _VERSION_PARAMETER if "{version}" in path else {}
 
-        @router.get(path, summary="Inputs, outputs and versions of a model")
-        async def metadata(model: str, version: str = "") -> Response:
+        @router.get(path, summary="Inputs, outputs and versions of a model", openapi_extra=said)
+        async def metadata(model: str, version: _Version) -> Response:
             return _json(describe.model(served, model, version))
 
-        @router.get(path + "/ready", summary="Whether a model can answer")
-        async def ready(model: str, version: str = "") -> Response:
+        @router.get(path + "/ready", summary="Whether a model can answer", openapi_extra=said)
+        async def ready(model: str, version: _Version) -> Response:
             return Response(status_code=200 if served.is_ready(model, version) else 503)
 
-        @router.get(path + "/config", summary="How a model is served, as Triton has it")
-        async def config(model: str, version: str = "") -> Response:
+        @router.get(path + "/config", summary="How a model is served, as Triton has it", openapi_extra=said)
+        async def config(model: str, version: _Version) -> Response:
             info = served.info(model, version)
             return _json(model_config.as_json(info, served.model_options(model), cached=cached))
 
-        @router.get(path + "/stats", summary="Counts and times of a model")
-        async def statistics(model: str, version: str = "") -> Response:
+        @router.get(path + "/stats", summary="Counts and times of a model", openapi_extra=said)
+        async def statistics(model: str, version: _Version) -> Response:
             return _json({"model_stats": describe.statistics(served, model, version)})
 
         # Only for the page at /docs: _App answers before the router is asked.
-        @router.post(path + "/infer", summary="Runs a model", openapi_extra=_INFER_DOCUMENTATION)
-        async def infer(model: str, version: str = "") -> Response:
+        @router.post(path + "/infer", summary="Runs a model", openapi_extra=_INFER_DOCUMENTATION | said)
+        async def infer(model: str, version: _Version) -> Response:
             raise NotFound(f"no model is called {model!r}")
 
     return router
@@ -218,8 +221,17 @@ def _json(values: Any) -> Response:
     return Response(oip_json.dump_json(values), media_type="application/json")
 
 
-def _explained(error: Exception) -> tuple[int, bytes, Mapping[str, str]]:
-    """Status, body and headers that tell of an error."""
+def _version(request: fastapi.Request) -> str:
+    version: str = request.path_params.get("version", "")
+    return version
+
+
+#: Out of the path where it is there; an argument of the function would be one of the query where it is not.
+_Version = Annotated[str, fastapi.Depends(_version)]
+
+
+def _explained(error: Exception, asked: str = "this path") -> tuple[int, bytes, Mapping[str, str]]:
+    """Status, body and headers that tell of an error. ``asked`` is method and path, for those that lead nowhere."""
     headers: dict[str, str] = {}
     if isinstance(error, ServingError):
         status, text = error.http, wire.message(error)
@@ -233,14 +245,18 @@ def _explained(error: Exception) -> tuple[int, bytes, Mapping[str, str]]:
     elif isinstance(error, starlette.exceptions.HTTPException):
         status, text = error.status_code, str(error.detail)
         headers.update(error.headers or {})
+        if status in (404, 405):
+            admin = " /v2/repository/models/" in asked
+            hint = "models are loaded and unloaded on the admin port" if admin else "/docs has what can be asked"
+            text = f"nothing is at {asked}; {hint}"
     else:
         _log.error("a request failed in the server", exc_info=error)
         status, text = 500, "the server failed; its log says how"
     return status, oip_json.dump_json({"error": text}), headers
 
 
-async def _answer_error(_: fastapi.Request, error: Exception) -> Response:
-    status, body, headers = _explained(error)
+async def _answer_error(request: fastapi.Request, error: Exception) -> Response:
+    status, body, headers = _explained(error, f"{request.method} {request.url.path[:200]}")
     return Response(body, status, dict(headers), "application/json")
 
 
@@ -252,6 +268,9 @@ async def _send_error(send: Send, error: Exception) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+_VERSION_PARAMETER: dict[str, Any] = {
+    "parameters": [{"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}]
+}
 _INFER_DOCUMENTATION: dict[str, Any] = {
     "requestBody": {
         "required": True,

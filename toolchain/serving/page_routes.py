@@ -1,7 +1,8 @@
-"""The page at ``/``: one HTML, one script and one style sheet out of ``page/``, and ``/stats``, which they look at.
+"""The page at ``/``, and the one at ``/docs``, out of ``page/``; and ``/stats``, which the first looks at.
 
-The page may load nothing from anywhere else, run no other script, and stand in no frame: its Content-Security-Policy
-says so, and tests hold that it works under it.
+``/docs`` shows ``/openapi.json``. It is ours because FastAPI's own loads its script from a network that a server may
+not have, and would run it with the token that a reader types in. The pages may load nothing from anywhere else, run no
+other script, and stand in no frame: their Content-Security-Policy says so, and tests hold that they work under it.
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ _FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/docs": ("docs.html", "text/html; charset=utf-8"),
+    "/docs.js": ("docs.js", "text/javascript; charset=utf-8"),
 }
 
 
 def add_to(app: fastapi.FastAPI, numbers: Callable[[], Awaitable[dict[str, Any]]], *, auth: Auth | None) -> None:
-    """Adds the page to an application.
+    """Adds the pages to an application.
 
     Args:
         app: what answers HTTP.
         numbers: what ``/stats`` tells.
-        auth: asked for ``/stats``; the page itself holds nothing and is for everybody.
+        auth: asked for ``/stats``; the pages themselves hold nothing and are for everybody.
     """
     folder = Path(__file__).parent / "page"
     for path, (name, kind) in _FILES.items():

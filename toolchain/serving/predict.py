@@ -33,7 +33,7 @@ from runtimes import TensorSpec
 from toolchain.errors import DataError
 from toolchain.preprocessing import ImagePreprocessing, open_image, preprocess
 from toolchain.serving import http_body, oip_json, tensors, wire
-from toolchain.serving.base import Hosted, InvalidRequest, ModelInfo, Request, Unsupported
+from toolchain.serving.base import Hosted, InvalidRequest, ModelInfo, Request, Unauthenticated, Unsupported
 from toolchain.serving.base import Response as Answer
 from toolchain.serving.options import ServerOptions
 from toolchain.serving.tasks import Tasks
@@ -73,6 +73,14 @@ def router(served: Hosted, *, options: ServerOptions, auth: Auth | None, tasks: 
     def allow(request: fastapi.Request, model: str | None) -> None:
         if auth is not None:
             auth.check(model, request.headers.get("authorization"))
+
+    def known(request: fastapi.Request) -> bool:
+        # Whoever watches the server has no token, and needs no names.
+        try:
+            allow(request, None)
+        except Unauthenticated:
+            return False
+        return True
 
     @router.post("/predict/{model}", summary="Runs a model on arrays or images", openapi_extra=_PREDICT_DOCUMENTATION)
     async def predict(
@@ -122,11 +130,13 @@ def router(served: Hosted, *, options: ServerOptions, auth: Auth | None, tasks: 
         allow(request, model)
         return Response(text, media_type="application/json")
 
-    @router.get("/health", summary="Whether the server, and each model, can answer")
-    async def health() -> Response:
-        models = {name: "ready" if served.is_ready(name) else "not ready" for name in served.names()}
+    @router.get("/health", summary="Whether the server can answer; with a token, where one is asked for, each model")
+    async def health(request: fastapi.Request) -> Response:
         ready = served.is_ready()
-        text = oip_json.dump_json({"status": "ready" if ready else "not ready", "models": models})
+        tree: dict[str, Any] = {"status": "ready" if ready else "not ready"}
+        if known(request):
+            tree["models"] = {name: "ready" if served.is_ready(name) else "not ready" for name in served.names()}
+        text = oip_json.dump_json(tree)
         return Response(text, 200 if ready else 503, media_type="application/json")
 
     @router.get("/cache/stats", summary="What the result cache holds and saved")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import re
 import socket
 import time
 import zlib
@@ -298,10 +299,20 @@ def test_unknown_paths_and_methods_say_so_in_json(port: int) -> None:
 
 
 def test_the_documentation_names_every_route(port: int) -> None:
-    assert fetch(port, "/docs")[0] == 200
     paths = json.loads(fetch(port, "/openapi.json")[2])["paths"]
     assert {"/v2/models/{model}/infer", "/predict/{model}", "/result/{task}", "/health"} <= paths.keys()
     assert "application/json" in paths["/v2/models/{model}/infer"]["post"]["requestBody"]["content"]
+    for path, methods in paths.items():
+        for method, operation in methods.items():
+            named = {one["name"] for one in operation.get("parameters", []) if one["in"] == "path"}
+            assert named == set(re.findall(r"{(\w+)}", path)), (method, path)
+
+
+def test_a_path_that_leads_nowhere_says_what_to_do(port: int) -> None:
+    for path, hint in (("/v3", "/docs"), ("/v2/repository/models/double/load", "admin port")):
+        status, _, answer = fetch(port, path, b"{}")
+        text = json.loads(answer)["error"]
+        assert (status, f"POST {path}" in text, hint in text) == (404, True, True), text
 
 
 X = {"name": "x", "shape": [1, 4], "datatype": "FP32", "parameters": {"binary_data_size": 16}}

@@ -41,7 +41,7 @@ def model(tmp_path: Path) -> Path:
 def test_its_files_name_nothing_of_the_network() -> None:
     folder = Path(__file__).resolve().parents[3] / "toolchain" / "serving" / "page"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"index.html", "page.js", "page.css"}
+    assert names == {"index.html", "page.js", "page.css", "docs.html", "docs.js"}
     for path in folder.iterdir():
         text = path.read_text()
         assert "http:" not in text
@@ -125,3 +125,41 @@ async def look(executable: str, url: str, picture: Path) -> dict[str, bytes]:
         await page.colours(dark=True)
         await asyncio.sleep(0.3)
         return {"light": light, "dark": await page.screenshot()}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium")
+def test_the_api_can_be_read_and_tried(model: Path) -> None:
+    assert CHROMIUM is not None
+    with served(model) as server:
+        shot = asyncio.run(try_it(CHROMIUM, f"http://127.0.0.1:{server.port('HTTP')}/docs"))
+    if folder := os.environ.get("SCREENSHOTS"):
+        (Path(folder) / "page-docs.png").write_bytes(shot)
+
+
+async def try_it(executable: str, url: str) -> bytes:
+    """Opens the description, sends its first example to the model, and takes a screenshot."""
+    async with browser.browse(executable) as page:
+        await page.open(url)
+        await page.until(
+            "document.querySelectorAll('details').length > 10 && document.getElementById('model').value", 60
+        )
+        box = "[...document.querySelectorAll('details')].find(d => d.textContent.includes('/predict/{model}'))"
+        await page.value(f"{box}.open = true")
+        await page.until(f"/predict.add'/.test({box}.querySelector('.curl').textContent)")
+        told = await page.value(f"{box}.querySelector('.curl').textContent")
+        assert told.startswith("""curl -d '{"inputs": {"x": [[1,2],[3,4]]}}' """)
+        await page.value(
+            f"""(() => {{
+              const text = {box}.querySelector('textarea');
+              text.value = '[[1, 2, 3]]';
+              text.oninput();
+              {box}.querySelector('button').click();
+            }})()"""
+        )
+        await page.until(f"/200 OK/.test({box}.querySelector('.answer').textContent)")
+        assert '"y": [[2,3,4]]' in await page.value(f"{box}.querySelector('.answer').textContent")
+        blocked = [p for p in page.problems if "Content Security" in p or "Error:" in p]
+        assert not blocked, blocked
+        host = urllib.parse.urlsplit(url).netloc
+        assert {urllib.parse.urlsplit(r).netloc for r in page.requests} <= {host, ""}
+        return await page.screenshot()

@@ -8,6 +8,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from standin import LABELS, Few, fetch, running
 
 from toolchain.preprocessing import ImagePreprocessing, preprocess
 from toolchain.serving import predict
+from toolchain.serving.auth import Auth
 from toolchain.serving.options import ServerOptions
 
 TWO_ROWS = {"total": [[6], [5]], "less": [[4], [-1]]}
@@ -236,6 +238,16 @@ def test_health_and_statistics(port: int) -> None:
     assert json.loads(body)["models"]["double"] == "ready"
     assert json.loads(fetch(port, "/cache/stats")[2])["hits"] == 0
     assert json.loads(fetch(port, "/resource/stats")[2])["resident_bytes"] == 1
+
+
+def test_health_names_models_to_those_with_a_token(few: Few, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("a-good-token")
+    tokens.chmod(0o600)
+    with running(few, auth=Auth(tokens)) as (port, _):
+        assert json.loads(fetch(port, "/health")[2]) == {"status": "ready"}
+        status, _, body = fetch(port, "/health", authorization="Bearer a-good-token")
+        assert (status, json.loads(body)["models"]["double"]) == (200, "ready")
 
 
 def test_probabilities_are_left_as_they_are() -> None:
