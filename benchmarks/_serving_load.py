@@ -86,8 +86,8 @@ class Http:
         headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
         return _post(job.path.format(model), headers, head + raw)
 
-    async def call(self, model: str) -> tuple[str, bytes]:
-        """Sends one request; its status and the body of its answer."""
+    async def call(self, model: str) -> tuple[str, bytes, int]:
+        """Sends one request; its status, the body of its answer, and the client's port; 0 where none was had."""
         connection = None
         while self.idle and connection is None:
             popped = self.idle.pop()
@@ -97,7 +97,7 @@ class Http:
             try:
                 _, connection = await loop.create_connection(_Connection, "127.0.0.1", self.job.port)
             except OSError:
-                return BROKEN, b""
+                return BROKEN, b"", 0
         done: asyncio.Future[tuple[str, bytes]] = asyncio.get_running_loop().create_future()
         connection.begin(self.bodies[model], done)
         try:
@@ -105,10 +105,10 @@ class Http:
                 answer = await done
         except TimeoutError:
             connection.transport.abort()
-            return "timeout", b""
+            return "timeout", b"", connection.port
         if connection.open:
             self.idle.append(connection)
-        return answer
+        return (*answer, connection.port)
 
     async def close(self) -> None:
         for connection in self.idle:
@@ -128,6 +128,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
+        self.port = int(transport.get_extra_info("sockname")[1])
         self.open = True
 
     def begin(self, request: bytes, done: asyncio.Future[tuple[str, bytes]]) -> None:
@@ -192,19 +193,20 @@ class Grpc:
         self.methods = [channel.unary_unary("/inference.GRPCInferenceService/ModelInfer") for channel in self.channels]
         self.turn = 0
 
-    async def call(self, model: str) -> tuple[str, bytes]:
-        """Sends one request; its status and its answer."""
+    async def call(self, model: str) -> tuple[str, bytes, int]:
+        """Sends one request; its status, its answer, and 0 for a port that is not known."""
         self.turn += 1
         try:
-            return OK, await self.methods[self.turn % len(self.methods)](self.bodies[model], timeout=self.job.timeout)
+            answer = await self.methods[self.turn % len(self.methods)](self.bodies[model], timeout=self.job.timeout)
+            return OK, answer, 0
         except self.errors as error:
             code = error.code().name
             if code == "UNAVAILABLE" and any(
                 word in (error.details() or "")
                 for word in ("ocket closed", "onnection reset", "failed to connect", "GOAWAY")
             ):
-                return BROKEN, b""
-            return code, b""
+                return BROKEN, b"", 0
+            return code, b"", 0
 
     async def close(self) -> None:
         for channel in self.channels:
@@ -212,16 +214,16 @@ class Grpc:
 
 
 class Log:
-    """When each request should have been sent, how long it took from then, and how it ended."""
+    """When each request should have been sent, how long it took from then, how it ended, and on which connection."""
 
     def __init__(self) -> None:
         self.names = [OK]
-        self.rows: list[tuple[int, int, int, int]] = []
+        self.rows: list[tuple[int, int, int, int, int]] = []
 
-    def add(self, intended: int, late: int, status: str) -> None:
+    def add(self, intended: int, late: int, status: str, port: int) -> None:
         if status not in self.names:
             self.names.append(status)
-        self.rows.append((intended, time.monotonic_ns() - intended, self.names.index(status), late))
+        self.rows.append((intended, time.monotonic_ns() - intended, self.names.index(status), late, port))
 
 
 async def run(job: Job) -> Log:
@@ -230,7 +232,7 @@ async def run(job: Job) -> Log:
     log = Log()
     expected = bytes.fromhex(job.expected)
     if not expected:
-        status, body = await client.call(job.model)
+        status, body, _ = await client.call(job.model)
         if status != OK:
             raise SystemExit(f"the first request ended with {status}")
         expected = body[-64:]
@@ -242,11 +244,11 @@ async def run(job: Job) -> Log:
         other = job.every and sent % job.every == 0
         model = job.models[sent // job.every % len(job.models)] if other else job.model
         late = time.monotonic_ns() - intended
-        status, body = await client.call(model)
+        status, body, port = await client.call(model)
         if status == OK and not other and not body.endswith(expected):
             status = WRONG
         if into is not None:
-            into.add(intended, late, status)
+            into.add(intended, late, status, port)
 
     async def closed(seconds: float, into: Log | None) -> None:
         end = time.monotonic_ns() + int(seconds * 1e9)
@@ -284,7 +286,7 @@ def main() -> None:
     said = json.loads(sys.argv[1])
     job = Job(**{**said, "shape": tuple(said["shape"]), "models": tuple(said.get("models", ()))})
     log = uvloop.run(run(job))
-    rows = np.array(log.rows, np.int64).reshape(-1, 4)
+    rows = np.array(log.rows, np.int64).reshape(-1, 5)
     np.savez(sys.argv[2], rows=rows, names=np.array(log.names))
 
 

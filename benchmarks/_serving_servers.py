@@ -50,7 +50,8 @@ class Load:
         statuses: how many requests ended how.
         ok_ns: latencies of the right answers, from when they should have been sent.
         late_p99_ms: how much after its time the client sent: it was short of processor time itself.
-        rows: a row for each request: intended time, latency, index of the status, lateness; nanoseconds.
+        rows: a row for each request: intended time, latency, index of the status, lateness, the client's port;
+            nanoseconds.
         names: of the statuses.
     """
 

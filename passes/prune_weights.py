@@ -393,6 +393,14 @@ def _torch_names(key: str) -> Iterator[str]:
     yield name.removeprefix("module.")
 
 
+def storage_remark(dense: ir.Model, pruned: ir.Model, pattern: str | None = None) -> str:
+    """What the zeros of a pruned model are good for, beside the model before any of them: the remark of the pass, where
+    the pass came after others of its kind."""
+    held = {layer.name: layer.data for layer in _layers(dense, ())[0]}
+    pairs = [(held[layer.name], layer.data) for layer in _layers(pruned, ())[0] if layer.name in held]
+    return _remark([(a, b) for a, b in pairs if ((b == 0) & (a != 0)).any()], pattern)
+
+
 def _remark(changed: Sequence[tuple[np.ndarray, np.ndarray]], pattern: str | None) -> str:
     """What the zeros are good for."""
     before = sum(_deflated(a) for a, _ in changed)

@@ -21,7 +21,7 @@ from passes.base import Declined, Pass, PassFailed, label
 from passes.factorize_low_rank import FactorizeLowRank
 from passes.fuse_conv_bn import FuseConvBn
 from passes.prune_channels import prepared_copy
-from passes.prune_weights import PruneWeights
+from passes.prune_weights import PruneWeights, storage_remark
 from passes.quantize_int8 import check_exclude
 from toolchain.channel_pruning import cut_channels
 from toolchain.errors import DataError, GraphError
@@ -61,12 +61,17 @@ def prune(model: ir.Model, asked: Prune, given: Given) -> tuple[ir.Model, PruneR
     asked = _spelled_out(asked, given)
     with temporary_onnx(model) as path, runtimes.load(path, target="ort-cpu") as session:
         judge = _Counting(Judge(session, given.judged))
-    step = _channels if asked.method == "channels" else _by_pass
+
+    def step(whole: ir.Model, part: Prune, within: Given) -> tuple[ir.Model, PruneReport]:
+        if asked.method == "channels":
+            return _channels(whole, part, within, judge)
+        return _by_pass(whole, part, within, judge, dense=model)
+
     try:
         if asked.rounds == 1:
-            made, report = step(model, asked, given, judge)
+            made, report = step(model, asked, given)
         else:
-            made, report = in_rounds(model, asked, given, lambda whole, part, within: step(whole, part, within, judge))
+            made, report = in_rounds(model, asked, given, step)
     except PassFailed as error:
         raise GraphError(str(error), where=error.node, hint=error.hint) from error
     before, after = (cost_of(each, dims=given.dims) for each in (model, made))
@@ -127,12 +132,17 @@ def _report(asked: Prune, given: Given, judge: _Counting) -> PruneReport:
 # Weights and low rank: a pass does it.
 
 
-def _by_pass(model: ir.Model, asked: Prune, given: Given, judge: _Counting) -> tuple[ir.Model, PruneReport]:
+def _by_pass(
+    model: ir.Model, asked: Prune, given: Given, judge: _Counting, *, dense: ir.Model
+) -> tuple[ir.Model, PruneReport]:
+    """``dense`` is what sizes are compared with: in rounds the model before the first."""
     made, folded = _folded(model, asked) if asked.method == "low-rank" else (model.clone(), ())
     step = _pass(made, asked, given)
     given.on_status(f"prune: {step.name}")
     outcome: Any = step(made)
     remarks = (*folded, *outcome.remarks)
+    if outcome.modified and asked.method == "weights":
+        remarks = (storage_remark(dense, made, asked.pattern),)
     report = dataclasses.replace(_report(asked, given, judge), whole=outcome.declined, remarks=remarks)
     if not outcome.modified:
         if not outcome.declined:

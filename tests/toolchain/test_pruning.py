@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,18 @@ def test_rounds_cut_and_train_in_turn_and_go_on(aim: dict[str, Any], given: Give
     second, nothing = prune(made, asked(**aim, round_to=1), given)
     assert second is made
     assert nothing.remarks == (ALREADY,)
+
+
+def test_after_rounds_sizes_are_compared_with_the_dense_model(given: Given, tmp_path: Path) -> None:
+    model = residual_net()
+    once = prune(model, asked(method="weights", ratio=0.8), given)[1].remarks[0]
+    step = asked(method="weights", ratio=0.8, finetune="train.py:loop", rounds=3)
+    within = dataclasses.replace(given, fine_tune=lambda whole, pruned, current: None, folder=tmp_path / "rounds")
+    remarks = prune(model, step, within)[1].remarks
+    dense = re.search(r"in place of ([\d.]+)", once)
+    assert dense is not None
+    assert [re.findall(r"in place of ([\d.]+)", each) for each in remarks[3:]] == [[dense[1]]]
+    assert remarks[3].split(";")[0] == once.split(";")[0]  # 80 % of the weights of as many layers
 
 
 def test_a_round_in_which_nothing_more_goes_is_not_trained(given: Given, tmp_path: Path) -> None:

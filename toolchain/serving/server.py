@@ -27,7 +27,7 @@ import grpc
 import uvicorn
 
 from runtimes import Error
-from toolchain.serving import admin, grpc_app, http_app, metrics_page, page_routes, repository, stats, tracing
+from toolchain.serving import admin, grpc_app, http_app, memory, metrics_page, page_routes, repository, stats, tracing
 from toolchain.serving.auth import Auth
 from toolchain.serving.calls import GrpcCalls, HttpCalls, Observed, Observer
 from toolchain.serving.control import Place
@@ -426,6 +426,7 @@ async def serve(
     """
     logs = Logs(options.log_format)
     logs.start()
+    memory.few_arenas()
     stop = asyncio.Event()
     try:
         if place is None:

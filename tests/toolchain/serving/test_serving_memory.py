@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +96,40 @@ def test_without_a_cap_nothing_is_done() -> None:
     watch = Watch(None)
     for i in range(20):
         assert watch.sample(i * 500_000_000, i << 40) is Relief.NONE
+
+
+#: Eight threads that all hold memory at the same time; then glibc says how many pools there are.
+_POOLS = """if True:
+    import ctypes, os, sys, threading
+    from toolchain.serving import memory
+    memory.few_arenas()
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p
+    meet = threading.Barrier(8)
+    def hold():
+        meet.wait()
+        libc.malloc(ctypes.c_size_t(1000))
+        meet.wait()
+    threads = [threading.Thread(target=hold) for _ in range(8)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    sys.stdout.flush()
+    stream = ctypes.c_void_p(libc.fdopen(1, b"w"))
+    libc.malloc_info(0, stream)
+    libc.fflush(stream)
+"""
+
+
+@pytest.mark.parametrize("said", [None, "5"])
+def test_threads_share_a_few_pools_unless_the_environment_says_how_many(said: str | None) -> None:
+    if not hasattr(ctypes.CDLL(None), "malloc_info"):
+        pytest.skip("another C library")
+    environment = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+    if said is not None:
+        environment["MALLOC_ARENA_MAX"] = said
+    done = subprocess.run(
+        [sys.executable, "-c", _POOLS], cwd=Path(__file__).parents[3], env=environment, capture_output=True, text=True,
+        check=True, timeout=60,
+    )  # fmt: skip
+    pools = done.stdout.count("<heap nr=")
+    assert pools == int(said or memory.ARENAS)
