@@ -63,6 +63,14 @@ def serve(
     max_queue_delay_us: Annotated[
         int, typer.Option("--max-queue-delay-us", help="how long a request may wait for others, microseconds")
     ] = 0,
+    preferred_batch_size: Annotated[
+        list[int] | None, typer.Option(help="run a batch of this size at once; may be said again", show_default=False)
+    ] = None,
+    instances: Annotated[int, typer.Option(help="batches of a model that run at the same time")] = 1,
+    default_timeout_ms: Annotated[
+        int | None,
+        typer.Option("--default-timeout-ms", help="deadline of requests that bring none", show_default="none"),
+    ] = None,
     queue_size: Annotated[int, typer.Option(help="requests of a model that may wait")] = 1024,
     version_policy: Annotated[
         str, typer.Option(metavar="POLICY", help="latest:N, all, or specific:1,3; of models that say nothing else")
@@ -76,6 +84,7 @@ def serve(
     poll_seconds: Annotated[float, typer.Option(help="how often new versions are looked for; 0: never")] = 2.0,
     max_request_size: Annotated[str, typer.Option(metavar="SIZE", help="of a body or message")] = "64M",
     max_in_flight: Annotated[int, typer.Option(help="requests that are handled at once")] = 4096,
+    max_in_flight_size: Annotated[str, typer.Option(metavar="SIZE", help="of all bodies and messages together")] = "1G",
     client_timeout_seconds: Annotated[float, typer.Option(help="that a client may take to send a request")] = 30.0,
     drain_seconds: Annotated[float, typer.Option(help="that a shutdown waits for what is in flight")] = 30.0,
     tokens: Annotated[
@@ -111,6 +120,7 @@ def serve(
         poll_seconds=poll_seconds,
         max_request_bytes=_size(max_request_size, "--max-request-size"),
         max_in_flight=max_in_flight,
+        max_in_flight_bytes=_size(max_in_flight_size, "--max-in-flight-size"),
         client_timeout_seconds=client_timeout_seconds,
         drain_seconds=drain_seconds,
         tokens=_absolute(tokens),
@@ -127,6 +137,9 @@ def serve(
             "batching": {
                 "max_batch_size": max_batch_size,
                 "max_queue_delay_us": max_queue_delay_us,
+                "preferred_batch_size": tuple(preferred_batch_size or ()),
+                "instances": instances,
+                "default_timeout_ms": default_timeout_ms,
                 "queue_size": queue_size,
             },
             "version_policy": _policy(version_policy),

@@ -238,8 +238,9 @@ class HttpCalls:
             status = status or 500
             raise
         finally:
-            # 0: the client went before it was answered
-            self._observer.close(call, status=status, failed=not 200 <= status < 400, defect=status == 500)
+            # 0: the client went before it was answered. "Not ready yet" is an answer to whoever asks for that.
+            failed = not 200 <= status < 400 and not (status == 503 and scope["path"].endswith("/ready"))
+            self._observer.close(call, status=status, failed=failed, defect=status == 500)
 
 
 class GrpcCalls(grpc.aio.ServerInterceptor):

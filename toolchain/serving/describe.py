@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import time
 from typing import Any
 
 from runtimes import TensorSpec
 from toolchain.serving import wire
-from toolchain.serving.base import Hosted, NotFound
+from toolchain.serving.base import Hosted, ModelInfo, NotFound
 from toolchain.serving.statistics import Statistics, Sum
 
 #: Triton's names of the parts of the protocol beyond its core, each of them served whole.
@@ -60,6 +61,13 @@ def index(served: Hosted, *, ready: bool = False) -> list[dict[str, str]]:
     fields = ("name", "version", "state", "reason")
     entries = [{field: str(entry.get(field) or "") for field in fields} for entry in served.index()]
     return [entry for entry in entries if entry["state"] == "READY"] if ready else entries
+
+
+def count_refused(served: Hosted, info: ModelInfo, received_ns: int) -> None:
+    """Counts a request for a model that could not be read as one that failed."""
+    counts = served.all_statistics().get((info.name, info.version))
+    if counts is not None:
+        counts.rejected("OTHER", total_ns=time.monotonic_ns() - received_ns)
 
 
 def _tensor(spec: TensorSpec) -> dict[str, Any]:

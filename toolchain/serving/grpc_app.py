@@ -18,6 +18,7 @@ from tritonclient.grpc import service_pb2
 
 from toolchain.serving import describe, grpc_codec, model_config, wire
 from toolchain.serving.base import Hosted, InvalidRequest, ServingError, Unsupported
+from toolchain.serving.limits import Bytes
 from toolchain.serving.options import ServerOptions
 
 if TYPE_CHECKING:
@@ -33,22 +34,27 @@ _WHY_NOT = {
 }
 
 
-def make_servicer(served: Hosted, *, options: ServerOptions, auth: Auth | None = None) -> Servicer:
+def make_servicer(
+    served: Hosted, *, options: ServerOptions, auth: Auth | None = None, held: Bytes | None = None
+) -> Servicer:
     """What answers gRPC; ``add_to`` puts it into a server.
 
     Args:
         served: the models.
         options: limits on sizes; the rest of them is not looked at.
         auth: asked for every call that names a model or lists them; None lets everyone in.
+        held: bounds the bytes of all requests that are being handled; None takes the bound of ``options``.
     """
-    return Servicer(served, options, auth)
+    return Servicer(served, options, auth, held or Bytes(options.max_in_flight_bytes))
 
 
 class Servicer:
     """The calls of the service. Those that are not here are answered with UNIMPLEMENTED and why."""
 
-    def __init__(self, served: Hosted, options: ServerOptions, auth: Auth | None) -> None:
+    def __init__(self, served: Hosted, options: ServerOptions, auth: Auth | None, held: Bytes) -> None:
         self._served = served
+        self._held = held
+        self._readers: set[asyncio.Task[None]] = set()
         self._auth = auth
         self._cached = options.result_cache.max_bytes > 0
         self._decoder = grpc_codec.Decoder(max_bytes=options.max_request_bytes)
@@ -82,10 +88,20 @@ class Servicer:
                 )
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))
 
+    def drain(self) -> None:
+        """Streams take no more requests: each ends when those that it has are answered."""
+        for reader in self._readers:
+            reader.cancel()
+
     async def _infer(self, message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
         received_ns = time.monotonic_ns()
         try:
-            return await self._answer(grpc_codec.split(message), self._token(context), received_ns, _deadline(context))
+            self._held.take(len(message))
+            try:
+                parts = grpc_codec.split(message)
+                return await self._answer(parts, self._token(context), received_ns, _deadline(context))
+            finally:
+                self._held.give(len(message))
         except Exception as error:  # noqa: BLE001 - whatever it is, the client is answered; _tell logs what is not its fault
             _tell(context, error)
             return b""
@@ -96,7 +112,11 @@ class Servicer:
         if self._auth is not None:
             self._auth.check(message.model, token)
         info = self._served.info(message.model, message.version)
-        request = self._decoder.read(message, info, received_ns=received_ns, deadline_ns=deadline_ns)
+        try:
+            request = self._decoder.read(message, info, received_ns=received_ns, deadline_ns=deadline_ns)
+        except ServingError:
+            describe.count_refused(self._served, info, received_ns)
+            raise
         return self._encoder.write(await self._served.infer(request))
 
     async def _stream(
@@ -104,22 +124,27 @@ class Servicer:
     ) -> AsyncIterator[bytes]:
         """Handles the requests of a stream at once, and answers them in their order."""
         token, deadline_ns = self._token(context), _deadline(context)
-        answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(_STREAM_WINDOW)
+        answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
+        window = asyncio.Semaphore(_STREAM_WINDOW)
 
         async def read() -> None:
-            try:
-                async for message in messages:
-                    work = self._stream_one(message, token, time.monotonic_ns(), deadline_ns)
-                    await answers.put(asyncio.create_task(work))
-            finally:
-                await answers.put(None)
+            async for message in messages:
+                work = self._stream_one(message, token, time.monotonic_ns(), deadline_ns)
+                answers.put_nowait(asyncio.create_task(work))
+                await window.acquire()
 
         reader = asyncio.create_task(read())
+        reader.add_done_callback(lambda _: answers.put_nowait(None))
+        self._readers.add(reader)
         try:
             while (answer := await answers.get()) is not None:
                 yield await answer
-            await reader
+                window.release()
+            if reader.cancelled():
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+            reader.result()
         finally:
+            self._readers.discard(reader)
             reader.cancel()
             while not answers.empty():
                 left = answers.get_nowait()
@@ -131,7 +156,11 @@ class Servicer:
         try:
             parts = grpc_codec.split(message)
             identifier = parts.id
-            return grpc_codec.stream_answer(await self._answer(parts, token, received_ns, deadline_ns))
+            self._held.take(len(message))
+            try:
+                return grpc_codec.stream_answer(await self._answer(parts, token, received_ns, deadline_ns))
+            finally:
+                self._held.give(len(message))
         except Exception as error:  # noqa: BLE001 - one request's failure is told in its answer; the stream goes on
             return grpc_codec.stream_error(_explained(error)[1], identifier)
 

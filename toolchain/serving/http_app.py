@@ -8,9 +8,10 @@ Errors are ``{"error": "..."}`` with the status of their class in ``base``.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import fastapi
@@ -29,7 +30,7 @@ from toolchain.serving.base import (
     Unauthenticated,
     Unavailable,
 )
-from toolchain.serving.http_protocol import CONNECTION
+from toolchain.serving.http_protocol import CONNECTION, LimitedProtocol
 from toolchain.serving.options import ServerOptions
 from toolchain.serving.tasks import Tasks
 
@@ -74,21 +75,35 @@ class _Infer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send, model: str, version: str) -> None:
         received_ns = time.monotonic_ns()
         headers = dict(scope["headers"])
+        connection: LimitedProtocol | None = scope["extensions"].get(CONNECTION) if "extensions" in scope else None
         try:
             if self._auth is not None:
                 self._auth.check(model, _text(headers.get(b"authorization")))
             info = self._served.info(model, version)
             text = headers.get(b"inference-header-content-length")
             size = None if text is None else _header_size(text)
-            connection = scope["extensions"].get(CONNECTION) if "extensions" in scope else None
             body: bytes | memoryview
             if connection is not None and connection.large:
                 with self._served.expecting(model, version):
                     body = await http_body.read_large(connection, headers, lead=size or 0, max_bytes=self._max_bytes)
             else:
                 body = await http_body.read(receive, headers, max_bytes=self._max_bytes)
-            request, binary = self._decoder.read(body, size, info, version=version, received_ns=received_ns)
-            answer, header_size = self._encoder.write(await self._served.infer(request), binary)
+            try:
+                request, binary = self._decoder.read(body, size, info, version=version, received_ns=received_ns)
+            except ServingError:
+                describe.count_refused(self._served, info, received_ns)
+                raise
+            if connection is not None:
+                connection.on_left = _cancel_of_this()
+            response = await self._served.infer(request)
+            if oip_json.is_long(response, binary):
+                answer, header_size = await asyncio.to_thread(self._encoder.write, response, binary)
+            else:
+                answer, header_size = self._encoder.write(response, binary)
+        except asyncio.CancelledError:
+            if connection is None or not connection.gone:
+                raise
+            return  # nobody is there to be answered
         except Exception as error:  # noqa: BLE001 - whatever it is, the client is answered; _explained logs it
             await _send_error(send, error)
             return
@@ -204,6 +219,12 @@ def _models(served: Hosted, options: ServerOptions, auth: Auth | None) -> fastap
             raise NotFound(f"no model is called {model!r}")
 
     return router
+
+
+def _cancel_of_this() -> Callable[[], object]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task.cancel
 
 
 def _header_size(value: bytes) -> int:

@@ -70,10 +70,12 @@ class LimitedProtocol(HttpToolsProtocol):
     Attributes:
         large: the length of the body that the request under way has and nobody has asked for; 0 where there is none.
         on_left: is called once if the client leaves before it was answered. For whoever answers, until then.
+        gone: the client has left.
     """
 
     large: int
     on_left: Callable[[], object] | None
+    gone: bool
 
     client_timeout: ClassVar[float] = 30.0
     max_connections: ClassVar[int] = 1 << 16
@@ -83,6 +85,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._extensions: dict[str, dict[object, object]] = {CONNECTION: self}  # type: ignore[dict-item]
         self.large = 0
         self.on_left = None
+        self.gone = False
         self._seen = 0  # bytes of a large body that came through the parser
         self._into: memoryview | None = None  # where the rest of the body is received
         self._skip = 0  # bytes of a body that nobody wants
@@ -99,6 +102,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self.resume_writing()
         super().connection_lost(exc)
+        self.gone = True
         left, self.on_left = self.on_left, None
         if left is not None:
             left()

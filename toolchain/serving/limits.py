@@ -34,6 +34,31 @@ def answer(error: ServingError, *, close: bool = False) -> tuple[Message, Messag
     )
 
 
+class Bytes:
+    """The bytes of all requests that are being handled, over HTTP and gRPC.
+
+    Args:
+        most: that there may be.
+
+    Attributes:
+        held: that there are.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.held = 0
+
+    def take(self, count: int) -> None:
+        """Raises Overloaded where there is no room for so many more."""
+        if self.held + count > self._most:
+            raise Overloaded(f"{self.held >> 20} MiB of requests are being handled", hint="send it again later")
+        self.held += count
+
+    def give(self, count: int) -> None:
+        """As many are not held any more."""
+        self.held -= count
+
+
 class Limits:
     """ASGI around an application.
 
@@ -42,14 +67,16 @@ class Limits:
         max_request_bytes: of one body.
         max_in_flight: POST requests that are handled at once. Others are not counted: whoever asks whether the server
             lives, or for its metrics, is answered when it is full.
+        held: bounds the bytes of all requests; taken for what a request says that it has, before that is read.
 
     Attributes:
         in_flight: requests that are being handled.
         draining: a shutdown has begun: new POST requests get 503, all answers close their connection.
     """
 
-    def __init__(self, app: App, *, max_request_bytes: int, max_in_flight: int) -> None:
+    def __init__(self, app: App, *, max_request_bytes: int, max_in_flight: int, held: Bytes) -> None:
         self._app = app
+        self._held = held
         self.max_request_bytes = max_request_bytes
         self._max_in_flight = max_in_flight
         self.in_flight = 0
@@ -60,6 +87,7 @@ class Limits:
             await self._app(scope, receive, send)
             return
         counted = scope["method"] == "POST"
+        size = 0
         refused: ServingError | None = None
         if counted and self.draining:
             refused = Unavailable("the server is shutting down")
@@ -67,15 +95,21 @@ class Limits:
             refused = Overloaded(f"{self.in_flight} requests are being handled", hint="send it again later")
         else:
             for name, value in scope["headers"]:
-                if name == b"content-length" and int(value) > self.max_request_bytes:
-                    refused = self.too_large()
+                if name == b"content-length":
+                    size = int(value)
+            try:
+                if size > self.max_request_bytes:
+                    raise self.too_large()
+                self._held.take(size)
+            except ServingError as error:
+                refused = error
         if refused is not None:
             # Not closed where the queue is full: whoever comes back would have to connect again, which is dearer.
             for message in answer(refused, close=not isinstance(refused, Overloaded)):
                 await send(message)
             return
         self.in_flight += counted
-        bounded = _Bounded(receive, send, self)
+        bounded = _Bounded(receive, send, self, self._held, size)
         try:
             await self._app(scope, bounded.receive, bounded.send)
         except Exception:
@@ -83,6 +117,7 @@ class Limits:
                 raise
         finally:
             self.in_flight -= counted
+            self._held.give(bounded.held)
 
     def too_large(self) -> TooLarge:
         """What a request that is too large is told."""
@@ -90,11 +125,18 @@ class Limits:
 
 
 class _Bounded:
-    """One request's ``receive`` and ``send``: counts what comes, and answers where it is too much."""
+    """One request's ``receive`` and ``send``: counts what comes, and answers where it is too much.
 
-    __slots__ = ("_limits", "_read", "_receive", "_send", "_started", "cut")
+    Attributes:
+        held: bytes that were taken for it: those that it said it has, or those that came without a word.
+        cut: it was answered here.
+    """
 
-    def __init__(self, receive: Receive, send: Send, limits: Limits) -> None:
+    __slots__ = ("_all", "_limits", "_read", "_receive", "_send", "_started", "cut", "held")
+
+    def __init__(self, receive: Receive, send: Send, limits: Limits, of_all: Bytes, held: int) -> None:
+        self._all = of_all
+        self.held = held
         self._receive = receive
         self._send = send
         self._limits = limits
@@ -108,10 +150,16 @@ class _Bounded:
         message = await self._receive()
         if message["type"] == "http.request":
             self._read += len(message["body"])
-            if self._read > self._limits.max_request_bytes:
+            try:
+                if self._read > self._limits.max_request_bytes:
+                    raise self._limits.too_large()
+                if self._read > self.held:
+                    self._all.take(self._read - self.held)
+                    self.held = self._read
+            except ServingError as error:
                 self.cut = True
                 if not self._started:
-                    for part in answer(self._limits.too_large(), close=True):
+                    for part in answer(error, close=True):
                         await self._send(part)
                 return {"type": "http.disconnect"}
         return message

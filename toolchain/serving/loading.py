@@ -170,9 +170,10 @@ def _with_threads(target: Target, asked: dict[str, Any] | None, server: ServerOp
         threads = max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)
         threads = max(threads // server.workers, 1)
     name = runtimes.backend(target.runtime).threads_option
-    if threads is None or name is None:
+    # An artifact says 0 where nobody said anything.
+    if threads is None or name is None or (asked or {}).get(name):
         return asked
-    return {name: threads, **(asked or {})}
+    return {**(asked or {}), name: threads}
 
 
 def _info(

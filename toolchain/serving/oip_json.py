@@ -25,6 +25,8 @@ from toolchain.serving.base import InvalidRequest, ModelInfo, Request, Response,
 _REMEMBERED_BYTES, _REMEMBERED = 4096, 256
 #: A parser of JSON holds the event loop for as long as it takes: some 4 ms a MB on the machine it was measured on.
 MAX_JSON_BYTES = 16 << 20
+#: Numbers are written as JSON in pieces of so many: one call holds the interpreter for some milliseconds at most.
+_PIECE = 1 << 16
 _NO_JSON_FORM = ("FP16", "BF16")
 
 
@@ -138,8 +140,16 @@ def dump_json(values: Any, *, numbers: str = "constants") -> bytes:
     return pydantic_core.to_json(values, inf_nan_mode=numbers)  # type: ignore[arg-type]
 
 
+def is_long(response: Response, binary: frozenset[str]) -> bool:
+    """Whether writing an answer as JSON takes so long that it is better done in a thread."""
+    return sum(array.size for name, array in response.outputs.items() if name not in binary) > _PIECE
+
+
 class Encoder:
-    """Writes answers. Used on one thread. The JSON of answers that are all binary is remembered by their shapes."""
+    """Writes answers; on the event loop's thread, but for those that are long.
+
+    The JSON of answers that are all binary is remembered by their shapes.
+    """
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], bytes] = {}
@@ -174,15 +184,22 @@ class Encoder:
 
 
 def _tree(response: Response, binary: frozenset[str]) -> bytes:
-    outputs: list[dict[str, Any]] = []
+    outputs = []
     for name, array in response.outputs.items():
         output: dict[str, Any] = {"name": name, "datatype": wire.name_of(array.dtype), "shape": array.shape}
         if name in binary:
             output["parameters"] = {"binary_data_size": len(wire.to_bytes(array))}
+            outputs.append(dump_json(output))
         else:
-            output["data"] = array.reshape(-1).tolist()
-        outputs.append(output)
-    return dump_json({"model_name": response.model, "model_version": response.version, "outputs": outputs})
+            outputs.append(b'%s,"data":%s}' % (dump_json(output)[:-1], _data(array.reshape(-1))))
+    head = dump_json({"model_name": response.model, "model_version": response.version})
+    return b'%s,"outputs":[%s]}' % (head[:-1], b",".join(outputs))
+
+
+def _data(flat: np.ndarray) -> bytes:
+    """A list of numbers."""
+    pieces = [dump_json(flat[at : at + _PIECE].tolist())[1:-1] for at in range(0, flat.size, _PIECE)]
+    return b"[%s]" % b",".join(pieces)
 
 
 def _with_id(text: bytes, identifier: str) -> bytes:

@@ -136,6 +136,7 @@ class ServerOptions(_Options):
         poll_seconds: how often the repository is looked at; 0 never.
         max_request_bytes: of one body or message.
         max_in_flight: requests that are being handled at once, of all models.
+        max_in_flight_bytes: and the bytes of their bodies and messages together.
         client_timeout_seconds: the longest that a client may take to send its request.
         drain_seconds: how long a shutdown waits for what is in flight.
         tokens: a file of bearer tokens; None asks for none.
@@ -162,6 +163,7 @@ class ServerOptions(_Options):
     poll_seconds: Annotated[float, pydantic.Field(ge=0)] = 2.0
     max_request_bytes: Positive = 64 << 20
     max_in_flight: Positive = 4096
+    max_in_flight_bytes: Positive = 1 << 30
     client_timeout_seconds: Annotated[float, pydantic.Field(gt=0)] = 30.0
     drain_seconds: Annotated[float, pydantic.Field(ge=0)] = 30.0
     tokens: str | None = None

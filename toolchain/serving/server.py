@@ -32,7 +32,7 @@ from toolchain.serving.auth import Auth
 from toolchain.serving.calls import GrpcCalls, HttpCalls, Observed, Observer
 from toolchain.serving.control import Place
 from toolchain.serving.http_protocol import KEEP_ALIVE_SECONDS, protocol
-from toolchain.serving.limits import App, Limits
+from toolchain.serving.limits import App, Bytes, Limits
 from toolchain.serving.logs import Logs, RequestLog
 from toolchain.serving.models import Models
 from toolchain.serving.options import ServerOptions
@@ -78,6 +78,11 @@ def check_options(options: ServerOptions) -> None:
         raise CannotServe("the admin port takes tokens of its own", hint="--admin-tokens FILE, or leave it out")
     if options.http_port is None and options.grpc_port is None:
         raise CannotServe("neither HTTP nor gRPC is to be served", hint="leave one of the ports on")
+    if options.max_in_flight_bytes < options.max_request_bytes:
+        raise CannotServe(
+            f"a request may have {options.max_request_bytes} bytes, and all together {options.max_in_flight_bytes}",
+            hint="raise --max-in-flight-size, or lower --max-request-size",
+        )
     ports = [p for p in (options.http_port, options.grpc_port, options.metrics_port, options.admin_port) if p]
     if len(set(ports)) != len(ports):
         raise CannotServe("two services are to have the same port", hint="0 takes any free one")
@@ -191,7 +196,7 @@ class _Grpc:
 
     def __init__(
         self, hosted: Observed, options: ServerOptions, *, auth: Auth | None, observer: Observer, reuse: bool,
-        certificate: Certificate | None,
+        certificate: Certificate | None, held: Bytes,
     ) -> None:  # fmt: skip
         watched = observer.tracer is not None or observer.log.which == "all"
         self._server = grpc.aio.server(
@@ -199,7 +204,8 @@ class _Grpc:
             maximum_concurrent_rpcs=options.max_in_flight,
             interceptors=[GrpcCalls(observer)] if watched else None,
         )
-        grpc_app.make_servicer(hosted, options=options, auth=auth).add_to(self._server)
+        self._servicer = grpc_app.make_servicer(hosted, options=options, auth=auth, held=held)
+        self._servicer.add_to(self._server)
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"{host}:{options.grpc_port}"
         try:
@@ -218,6 +224,7 @@ class _Grpc:
 
     async def stop(self, seconds: float) -> None:
         """Refuses new calls with UNAVAILABLE, and waits for those in flight."""
+        self._servicer.drain()
         await self._server.stop(seconds)
 
 
@@ -296,7 +303,10 @@ async def running(
         tasks = Tasks(place=place)
         app = http_app.make_app(observed, options=options, auth=auth if auth.wanted else None, tasks=tasks)
         page_routes.add_to(app, own if place is None else place.numbers, auth=auth if auth.wanted else None)
-        limits = Limits(app, max_request_bytes=options.max_request_bytes, max_in_flight=options.max_in_flight)
+        held = Bytes(options.max_in_flight_bytes)
+        limits = Limits(
+            app, max_request_bytes=options.max_request_bytes, max_in_flight=options.max_in_flight, held=held
+        )
         administer = admin.handler(models, stop.set)
 
         async def operate(method: str, where: str) -> admin.Answer:
@@ -339,7 +349,9 @@ async def running(
         rpc = None
         if options.grpc_port is not None:
             wanted = auth if auth.wanted else None
-            rpc = _Grpc(observed, options, auth=wanted, observer=observer, reuse=worker, certificate=certificate)
+            rpc = _Grpc(
+                observed, options, auth=wanted, observer=observer, reuse=worker, certificate=certificate, held=held
+            )
             found["gRPC"] = rpc.port
         # A port that workers share is opened when there is something to answer with: others answer meanwhile.
         for each in https:

@@ -64,6 +64,7 @@ def divided(options: ServerOptions) -> ServerOptions:
         update={
             "max_memory": None if options.max_memory is None else max(options.max_memory // count, 1),
             "max_in_flight": -(-options.max_in_flight // count),
+            "max_in_flight_bytes": max(-(-options.max_in_flight_bytes // count), options.max_request_bytes),
             "result_cache": cache.model_copy(update={"max_bytes": cache.max_bytes // count}),
             "metrics_port": None,
             "admin_port": None,

@@ -73,6 +73,40 @@ def test_what_came_in_during_a_run_is_run_together_and_each_gets_its_own() -> No
     asyncio.run(scene())
 
 
+def test_a_large_request_is_refused_before_it_is_read_where_it_would_be_after() -> None:
+    async def scene() -> None:
+        session = Scripted(gated=True)
+        loaded = make(session, known=FLAT, queue_size=2)
+        first = await behind_a_run(loaded, session)
+        with loaded.expecting():
+            [second] = await enter(loaded, request(1))
+            with pytest.raises(Overloaded, match="1 requests wait"), loaded.expecting():
+                raise AssertionError("there is one in the queue and one on its way")
+        with loaded.expecting():
+            pass
+        assert loaded.statistics.failures["REJECTED"] == 1
+        session.gate.set()
+        await asyncio.gather(first, second)
+
+    asyncio.run(scene())
+
+
+def test_priorities_are_not_known_before_a_request_is_read() -> None:
+    async def scene() -> None:
+        session = Scripted(gated=True)
+        loaded = make(session, known=FLAT, queue_size=1, priority_levels=2)
+        first = await behind_a_run(loaded, session)
+        [low] = await enter(loaded, request(1, priority=2))
+        with loaded.expecting():
+            [high] = await enter(loaded, request(2, priority=1))
+        with pytest.raises(Overloaded):
+            await low
+        session.gate.set()
+        await asyncio.gather(first, high)
+
+    asyncio.run(scene())
+
+
 def askew(value: float) -> np.ndarray:
     """Of one row, and where no runtime wants it."""
     raw = np.frombuffer(b"." + np.full((1, 4), value, np.float32).tobytes(), np.float32, offset=1).reshape(1, 4)

@@ -17,7 +17,7 @@ pytest.importorskip("grpc")
 pytest.importorskip("uvicorn")
 
 from toolchain.serving import logs, tracing
-from toolchain.serving.base import Hosted, ModelFailed, NotFound, Request, Response, ServingError
+from toolchain.serving.base import Hosted, ModelFailed, NotFound, Request, Response, ServingError, Unavailable
 from toolchain.serving.calls import HttpCalls, Observed, Observer
 from toolchain.serving.limits import Message, Receive, Send
 from toolchain.serving.logs import FAILED_PER_SECOND, Logs, RequestLog
@@ -119,6 +119,10 @@ def test_only_failures_get_a_line_where_that_is_said() -> None:
         ("warning", 404, "no such thing"),
         ("error", 500, "it broke"),
     ]
+    not_yet = lambda observer: through_http(observer, {}, error=Unavailable("later"), path="/v2/health/ready")  # noqa: E731
+    assert lines("json", "failed", not_yet) == []  # who asks whether it is ready is answered
+    elsewhere = lambda observer: through_http(observer, {}, error=Unavailable("later"))  # noqa: E731
+    assert len(lines("json", "failed", elsewhere)) == 1
     assert lines("json", "none", act) == []
 
 

@@ -18,6 +18,7 @@ from standin import NUMERIC, Few, running
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype, triton_to_np_dtype
 
+from toolchain.serving import grpc_app
 from toolchain.serving.base import DeadlineExceeded, Overloaded, Unauthenticated
 from toolchain.serving.options import ServerOptions
 
@@ -287,3 +288,43 @@ def test_tokens_are_asked_for_by_model(few: Few) -> None:
         good = {"authorization": "Bearer for double"}
         assert client.infer("double", inputs, headers=good).as_numpy("y").shape == (1, 4)
         assert client.get_model_config("double", headers=good).config.name == "double"
+
+
+def test_an_open_stream_ends_when_the_server_drains(few: Few) -> None:
+    async def main() -> None:
+        server = grpc.aio.server()
+        servicer = grpc_app.make_servicer(few, options=ServerOptions())
+        servicer.add_to(server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        request = service_pb2.ModelInferRequest(model_name="double")
+        request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
+        request.raw_input_contents.append(np.ones((1, 4), np.float32).tobytes())
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stream = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer()
+            await stream.write(request)
+            answered = await stream.read()
+            assert answered.infer_response.outputs[0].name == "y"
+            servicer.drain()
+            async with asyncio.timeout(10):
+                await server.stop(60)
+                assert await stream.code() is grpc.StatusCode.UNAVAILABLE
+
+    asyncio.run(main())
+
+
+def test_the_bytes_of_all_requests_together_are_bounded_and_what_is_refused_is_counted(
+    few: Few, client: triton.InferenceServerClient
+) -> None:
+    counts = few.all_statistics()["double", "1"]
+    before = counts.failures["OTHER"]
+    with pytest.raises(InferenceServerException, match="takes"):
+        client.infer("double", [given("x", np.zeros((1, 5), np.float32))])
+    assert counts.failures["OTHER"] == before + 1
+    with running(few, ServerOptions(max_in_flight_bytes=100)) as (_, port):
+        with triton.InferenceServerClient(f"127.0.0.1:{port}") as small:
+            for _ in range(5):
+                small.infer("double", [given("x", np.zeros((1, 4), np.float32))])
+            with pytest.raises(InferenceServerException, match="being handled") as caught:
+                small.infer("double", [given("x", np.zeros((8, 4), np.float32))])
+            assert caught.value.status() == "StatusCode.RESOURCE_EXHAUSTED"

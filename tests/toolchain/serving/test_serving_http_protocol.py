@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
-from collections.abc import AsyncIterator, Callable
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +16,13 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("httptools")
 
 import uvicorn
+from standin import Few
 
-from toolchain.serving.base import InvalidRequest
+from toolchain.serving.base import InvalidRequest, Overloaded, Request, Response
+from toolchain.serving.http_app import make_app
 from toolchain.serving.http_protocol import CONNECTION, LARGE, LimitedProtocol, protocol
 from toolchain.serving.limits import App, Message, Receive, Send
+from toolchain.serving.options import ServerOptions
 
 LOOPS = ["asyncio", *(["uvloop"] if importlib.util.find_spec("uvloop") else [])]
 
@@ -241,5 +246,76 @@ def test_whoever_answers_is_told_that_the_client_left() -> None:
             writer.close()
             async with asyncio.timeout(5):
                 await app.left.wait()
+
+    asyncio.run(main())
+
+
+def test_a_request_whose_client_leaves_is_given_up(tmp_path: Path) -> None:
+    async def main() -> None:
+        ended = asyncio.Event()
+
+        class Waits(Few):
+            async def infer(self, request: Request) -> Response:
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    ended.set()
+                    raise
+                raise AssertionError("nobody left")
+
+        app = make_app(Waits(tmp_path, ("double",)), options=ServerOptions())
+        text = b'{"inputs":[{"name":"x","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]}]}'
+        async with serving(app) as port:  # type: ignore[arg-type]
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(post("/v2/models/double/infer", text))
+            await asyncio.sleep(0.1)
+            assert not ended.is_set()
+            writer.close()
+            async with asyncio.timeout(5):
+                await ended.wait()
+
+    asyncio.run(main())
+
+
+def test_a_large_inference_is_read_where_it_may_come_in_and_not_where_it_may_not(tmp_path: Path) -> None:
+    async def main() -> None:
+        class Full(Few):
+            full = False
+            expected = 0
+
+            @contextlib.contextmanager
+            def expecting(self, model: str, version: str = "") -> Iterator[None]:
+                if self.full:
+                    raise Overloaded("full")
+                self.expected += 1
+                yield
+
+        few = Full(tmp_path, ("copy_fp32",))
+        rows = np.random.default_rng(0).standard_normal((8, 3), np.float32)
+        head = {
+            "inputs": [
+                {"name": "x", "shape": [8, 3], "datatype": "FP32", "parameters": {"binary_data_size": rows.nbytes}}
+            ],
+            "id": "a" * LARGE,
+        }
+        text = json.dumps(head).encode()
+        whole = post(
+            "/v2/models/copy_fp32/infer", text + rows.tobytes(), f"Inference-Header-Content-Length: {len(text)}\r\n"
+        )
+        async with serving(make_app(few, options=ServerOptions())) as port:  # type: ignore[arg-type]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(whole)
+            status, body = await answer(reader)
+            assert status == 200
+            assert json.loads(body)["outputs"][0]["data"] == pytest.approx(rows.ravel().tolist())
+            assert few.expected == 1
+            assert few.seen[0].inputs["x"].flags.aligned
+            few.full = True
+            writer.write(whole[:2000])
+            assert (await answer(reader))[0] == 429
+            few.full = False
+            writer.write(whole[2000:] + whole)
+            assert (await answer(reader))[0] == 200
+            writer.close()
 
     asyncio.run(main())

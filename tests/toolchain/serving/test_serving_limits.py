@@ -16,7 +16,7 @@ pytest.importorskip("httptools")
 import uvicorn
 
 from toolchain.serving.http_protocol import MAX_HEADER_BYTES, protocol
-from toolchain.serving.limits import App, Limits, Message, Receive, Send
+from toolchain.serving.limits import App, Bytes, Limits, Message, Receive, Send
 
 TIMEOUT = 0.3
 
@@ -93,8 +93,8 @@ def post(size: int, path: str = "/", extra: str = "") -> bytes:
     return f"POST {path} HTTP/1.1\r\nHost: a\r\n{extra}Content-Length: {size}\r\n\r\n".encode()
 
 
-def limits(app: App, *, bytes_: int = 1000, in_flight: int = 2) -> Limits:
-    return Limits(app, max_request_bytes=bytes_, max_in_flight=in_flight)
+def limits(app: App, *, bytes_: int = 1000, in_flight: int = 2, together: int = 1 << 30) -> Limits:
+    return Limits(app, max_request_bytes=bytes_, max_in_flight=in_flight, held=Bytes(together))
 
 
 def test_a_body_within_the_limit_passes_and_one_beyond_is_refused_unread() -> None:
@@ -177,6 +177,30 @@ def test_beyond_what_may_be_in_flight_posts_are_refused_and_gets_are_not() -> No
             assert [one[0] for one in await asyncio.gather(*first)] == [200, 200]
             assert inside.in_flight == 0
             assert (await ask(port, post(1) + b"a"))[0] == 200
+
+    asyncio.run(main())
+
+
+def test_the_bytes_of_all_requests_together_are_bounded() -> None:
+    async def main() -> None:
+        app = Echo()
+        async with serving(limits(app, in_flight=10, together=1500), timeout=5) as (port, _):
+            first = asyncio.create_task(ask(port, post(1000, "/wait") + b"a" * 1000))
+            await asyncio.sleep(0.05)
+            seen = app.seen
+            status, headers, body = await ask(port, post(501))  # refused by what it says, before any of it is there
+            assert (status, "connection" in headers) == (429, False)
+            assert "being handled" in json.loads(body)["error"]
+            chunks = (
+                b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"190\r\n" + b"a" * 400 + b"\r\n"
+            )
+            assert (await ask(port, chunks + b"65\r\n" + b"a" * 101 + b"\r\n0\r\n\r\n"))[0] == 429
+            assert app.seen <= seen + 400
+            assert (await ask(port, post(500) + b"a" * 500))[0] == 200
+            app.may.set()
+            assert (await first)[0] == 200
+            for _ in range(3):
+                assert (await ask(port, post(1000) + b"a" * 1000))[0] == 200
 
     asyncio.run(main())
 

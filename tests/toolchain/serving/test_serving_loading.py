@@ -68,15 +68,18 @@ def test_threads_are_the_servers_where_the_model_says_none(tmp_path: Path, monke
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
     version = version_of(write_artifact(tmp_path / "m"))
     own = OPTIONS.model_copy(update={"session_options": {"intra_op_threads": 5}})
+    unsaid = OPTIONS.model_copy(update={"session_options": {"intra_op_threads": 0, "spinning": False}})
     for options, server in (
         (OPTIONS, SERVER),
         (OPTIONS, ServerOptions(threads=3)),
         (OPTIONS, ServerOptions(workers=4)),
         (OPTIONS, ServerOptions(workers=32)),
         (own, ServerOptions(threads=3)),
+        (unsaid, ServerOptions(threads=3)),
     ):
         make(version, options, None, server=server).session.close()
-    assert [options.get("intra_op_threads") for options in asked] == [None, 3, 2, 1, 5]
+    assert [options.get("intra_op_threads") for options in asked] == [None, 3, 2, 1, 5, 3]
+    assert asked[-1]["spinning"] is False
 
 
 def test_what_fails_its_self_test_or_was_replaced_is_refused(tmp_path: Path) -> None:

@@ -333,3 +333,18 @@ def test_what_is_remembered_of_answers_is_never_wrong() -> None:
         (output,) = tree["outputs"]
         assert output["shape"] == list(answer.outputs["y"].shape)
         assert output["parameters"]["binary_data_size"] == len(body) - size
+
+
+def test_long_answers_are_written_in_pieces_and_read_as_one() -> None:
+    rng = np.random.default_rng(0)
+    for size in (0, 1, 1 << 16, (1 << 16) + 1, 200_000):
+        array = rng.standard_normal((1, size)).astype(np.float32)
+        response = Response("m", "1", {"y": array, "z": np.zeros(3, np.int8)}, "7")
+        text, header = oip_json.Encoder().write(response, frozenset())
+        assert header is None
+        tree = json.loads(text)
+        assert (tree["model_name"], tree["id"]) == ("m", "7")
+        assert tree["outputs"][0]["shape"] == [1, size]
+        assert np.array_equal(np.array(tree["outputs"][0]["data"], np.float32), array[0])
+        assert oip_json.is_long(response, frozenset()) == (size >= 1 << 16)
+        assert not oip_json.is_long(response, frozenset({"y"}))
