@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import uvicorn
 from standin import Few
 
 from toolchain.serving.base import InvalidRequest, Overloaded, Request, Response
-from toolchain.serving.http_app import make_app
+from toolchain.serving.http_app import REFUSAL_SECONDS, make_app
 from toolchain.serving.http_protocol import CONNECTION, LARGE, LimitedProtocol, protocol
 from toolchain.serving.limits import App, Message, Receive, Send
 from toolchain.serving.options import ServerOptions
@@ -311,8 +312,10 @@ def test_a_large_inference_is_read_where_it_may_come_in_and_not_where_it_may_not
             assert few.expected == 1
             assert few.seen[0].inputs["x"].flags.aligned
             few.full = True
+            began = time.monotonic()
             writer.write(whole[:2000])
             assert (await answer(reader))[0] == 429
+            assert time.monotonic() - began >= REFUSAL_SECONDS  # whoever comes back at once has to wait
             few.full = False
             writer.write(whole[2000:] + whole)
             assert (await answer(reader))[0] == 200
