@@ -42,6 +42,7 @@ class Job:
         channels: connections of gRPC.
         models: in place of ``model``: a request in ``every`` goes to one of these, in turn.
         path: of HTTP, with the model's name for ``{}``.
+        reuse: requests of one connection of HTTP; 0 is no bound.
     """
 
     protocol: str
@@ -60,6 +61,7 @@ class Job:
     models: tuple[str, ...] = ()
     every: int = 0
     path: str = "/v2/models/{}/infer"
+    reuse: int = 0
 
     def array(self) -> np.ndarray:
         """The input: float32, the same for the same shape."""
@@ -106,7 +108,10 @@ class Http:
         except TimeoutError:
             connection.transport.abort()
             return "timeout", b"", connection.port
-        if connection.open:
+        connection.used += 1
+        if connection.used == self.job.reuse:
+            connection.transport.close()
+        elif connection.open:
             self.idle.append(connection)
         return (*answer, connection.port)
 
@@ -124,6 +129,7 @@ class _Connection(asyncio.Protocol):
     """One request at a time; reads the status line, the length and the body, and nothing else."""
 
     transport: asyncio.Transport
+    used = 0
     done: asyncio.Future[tuple[str, bytes]] | None = None
 
     def connection_made(self, transport: Any) -> None:

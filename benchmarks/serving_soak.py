@@ -36,6 +36,9 @@ sys.path.insert(0, str(ROOT))
 
 #: How long a new version is on trial, seconds: all requests go to it, and the one before waits in memory.
 TRIAL_SECONDS = 5
+#: Requests of a connection. One that was kept for good would stay with the worker that was left when another was
+#: killed, and the one that came back would have nothing to do.
+REUSE = 20
 _ESTABLISHED = "01"
 
 
@@ -44,7 +47,7 @@ class Kill:
     """A worker that was killed.
 
     Attributes:
-        at_ns: ``time.monotonic_ns()``.
+        at_ns: ``time.monotonic_ns()`` when it was stopped.
         ports: the clients' ends of its connections.
     """
 
@@ -86,22 +89,24 @@ def workers(root: int) -> list[int]:
 
 
 def kill(pid: int, port: int) -> Kill:
-    """Kills a worker, and says which connections it had to a port, those included that it had not accepted yet."""
+    """Kills a worker, and says which connections it had to a port, those included that it had not accepted yet.
+
+    Whose an unaccepted one is the kernel does not say: it was the worker's if it went with it.
+    """
     os.kill(pid, signal.SIGSTOP)
-    unaccepted = _connections(port).get(0, set())
-    time.sleep(0.05)  # others accept theirs meanwhile
-    by_inode = _connections(port)
-    ports = unaccepted & by_inode.get(0, set())
+    begin = time.monotonic_ns()
+    seen = _connections(port)
+    ports, unaccepted = set(), set(seen.get(0, ()))
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            target = os.readlink(link)
-        except OSError:  # closed meanwhile
-            continue
+        target = os.readlink(link)
         if target.startswith("socket:["):
-            ports |= by_inode.get(int(target[8:-1]), set())
-    at = time.monotonic_ns()
+            ports |= seen.get(int(target[8:-1]), set())
     os.kill(pid, signal.SIGKILL)
-    return Kill(at, frozenset(ports))
+    while Path(f"/proc/{pid}").exists():  # its sockets are closed when its last thread has ended
+        unaccepted |= _connections(port).get(0, set())
+        time.sleep(0.002)
+    left = set().union(*_connections(port).values())
+    return Kill(begin, frozenset(ports | (unaccepted - left)))
 
 
 def _connections(port: int) -> dict[int, set[int]]:
@@ -188,7 +193,13 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
             capacity = options.capacity or load(server, dataclasses.replace(job, concurrency=32)).rate
             seconds = options.minutes * 60
             one = dataclasses.replace(
-                job, rate=options.load * capacity, seconds=seconds, warmup=0.0, concurrency=1024, timeout=120.0
+                job,
+                rate=options.load * capacity,
+                seconds=seconds,
+                warmup=0.0,
+                concurrency=1024,
+                timeout=120.0,
+                reuse=REUSE,
             )
             slow = dataclasses.replace(one, model=cold[0], models=cold, every=1, rate=2.0)
             places = [Path(work) / name for name in ("main", "cold")]

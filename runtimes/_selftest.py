@@ -55,8 +55,13 @@ class Tested:
     why_not: str | None = None
 
 
-def selftest(root: Path, *, variant: str | None = None) -> tuple[Tested, ...]:
+def selftest(root: Path, *, variant: str | None = None, options: Mapping[str, Any] | None = None) -> tuple[Tested, ...]:
     """Loads every variant that runs here, or one, and compares its outputs with those that were stored.
+
+    Args:
+        root: the artifact.
+        variant: its name; None takes all.
+        options: of sessions, as ``runtimes.load`` takes them; None takes those of the artifact.
 
     Raises:
         InvalidArtifact: the artifact or its vectors are damaged, or nothing of it runs here; or it has no such variant.
@@ -81,7 +86,7 @@ def selftest(root: Path, *, variant: str | None = None) -> tuple[Tested, ...]:
         if not state.available:
             found.append(Tested(one.name, None, state.reason))
             continue
-        with runtimes.load(package.root, variant=one.name) as session:
+        with runtimes.load(package.root, variant=one.name, options=options) as session:
             found.append(Tested(one.name, compare(session, one.name, vectors)))
     if all(one.why_not for one in found):
         raise InvalidArtifact(
@@ -237,7 +242,9 @@ def vectors_content(tensors: Mapping[str, np.ndarray]) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *pieces])
 
 
-def selftest_apart(root: Path, *, timeout_s: float, variant: str | None = None) -> tuple[Tested, ...]:
+def selftest_apart(
+    root: Path, *, timeout_s: float, variant: str | None = None, options: Mapping[str, Any] | None = None
+) -> tuple[Tested, ...]:
     """``selftest`` in a process of its own: a runtime that crashes or hangs there takes nobody along.
 
     Raises:
@@ -245,7 +252,8 @@ def selftest_apart(root: Path, *, timeout_s: float, variant: str | None = None) 
     """
     from runtimes._probe import child
 
-    command = child(f"from runtimes._selftest import main; main({os.fspath(root)!r}, {variant!r})")
+    text = json.dumps(None if options is None else dict(options))
+    command = child(f"from runtimes._selftest import main; main({os.fspath(root)!r}, {variant!r}, {text!r})")
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
@@ -264,10 +272,11 @@ def selftest_apart(root: Path, *, timeout_s: float, variant: str | None = None) 
     raise RunFailed(answer["what"], where=answer.get("where"), hint=answer.get("hint"))
 
 
-def main(root: str, variant: str | None) -> None:
-    """The child: prints one line of JSON, after whatever native libraries print."""
+def main(root: str, variant: str | None, options: str) -> None:
+    """The child, with session options as JSON: prints one line of it, after whatever native libraries print."""
     try:
-        answer: dict[str, Any] = {"tested": [dataclasses.asdict(one) for one in selftest(Path(root), variant=variant)]}
+        tested = selftest(Path(root), variant=variant, options=json.loads(options))
+        answer: dict[str, Any] = {"tested": [dataclasses.asdict(one) for one in tested]}
     except Error as error:
         answer = {"what": error.what, "where": error.where, "hint": error.hint}
     sys.stdout.write("\n" + json.dumps(answer) + "\n")

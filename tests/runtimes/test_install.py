@@ -175,6 +175,14 @@ def test_a_crash_of_the_runtime_is_told(tmp_path: Path, monkeypatch: pytest.Monk
         selftest_apart(artifact, timeout_s=0.2)
 
 
+def test_a_self_test_takes_the_options_of_sessions(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "a")
+    for test in (selftest, lambda path, **more: selftest_apart(path, timeout_s=60, **more)):
+        assert test(artifact, options={"intra_op_threads": 1})[0].error == 0
+        with pytest.raises(runtimes.Error, match="threads_of_nobody"):
+            test(artifact, options={"threads_of_nobody": 1})
+
+
 def test_what_does_not_run_here_is_told_and_not_tested(tmp_path: Path) -> None:
     root = tmp_path / "a"
     save_model(root / "w" / "model.onnx", DOUBLE)

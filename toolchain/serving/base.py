@@ -229,7 +229,7 @@ class Hosted(Served, Protocol):
         ...
 
     def all_statistics(self) -> Mapping[tuple[str, str], Statistics]:
-        """(model, version) → its counts, of all that were ever loaded."""
+        """(model, version) → its counts, of all that were loaded and were there a while ago."""
         ...
 
     def cache_statistics(self) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def make(
         target = picked.target
         asked = dict(picked.session_options if options.session_options is None else options.session_options)
         if apart and not server.trust and isinstance(found.metadata.get(_selftest.KEY), dict):
-            _selftest.selftest_apart(found.root, variant=picked.name, timeout_s=_APART_S)
+            some = _with_threads(target, asked, server)
+            _selftest.selftest_apart(found.root, variant=picked.name, timeout_s=_APART_S, options=some)
     session = runtimes.load(
         version.path,
         target=str(target) if version.bare else None,

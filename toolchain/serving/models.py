@@ -9,47 +9,41 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import dataclasses
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from runtimes import Error, InvalidArtifact
 from toolchain.serving import memory
+from toolchain.serving.answering import Answering
 from toolchain.serving.base import (
-    DeadlineExceeded,
-    ModelFailed,
     ModelInfo,
     NotFound,
     Overloaded,
     Request,
     Response,
-    ServingError,
     Unavailable,
 )
-from toolchain.serving.lineup import Lineup, Switch
+from toolchain.serving.changeover import Changeover, Switch
+from toolchain.serving.lineup import Lineup
 from toolchain.serving.loaded import Loaded
 from toolchain.serving.memory import Relief
 from toolchain.serving.options import ModelOptions, ServerOptions
+from toolchain.serving.relief import Reliever
 from toolchain.serving.repository import Found, Snapshot, Source
 from toolchain.serving.residency import Entry, Residency, by_model, failure
 from toolchain.serving.result_cache import ResultCache
-from toolchain.serving.rollout import Trial, Window
 from toolchain.serving.statistics import Statistics
 
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.25
-#: Between two cuts of the batches, and between two evictions, while memory stays short.
-_STEP_S = 2.0
-#: Batches are not cut further than to this share.
-_LEAST_SHARE = 0.125
-#: Copies of requests that a version on trial in the shadow works on at once; more are left out.
-_SHADOWS = 16
 #: How long a model's files are to be away before it is.
 _GONE_S = 1.0
+#: How long the counts of a version stay that is neither on disk nor in memory, and how often that is looked at.
+_COUNTS_S, _TIDY_S = 900.0, 30.0
 #: Switches that are remembered.
 _SWITCHES = 1000
 #: Threads that sessions run in. They are made as they are needed, and bounded by the instances of what is loaded.
@@ -71,23 +65,20 @@ class Models:
         self.options = options
         self.source = source
         self._switches: deque[Switch] = deque(maxlen=_SWITCHES)
-        self._resident = resident
-        self._lineups: dict[str, Lineup] = {}
+        self._models: dict[str, Changeover] = {}
         self._missing: dict[str, float] = {}
+        self._forgotten: dict[tuple[str, str], float] = {}
         self._remarks: frozenset[str] = frozenset()
         self._statistics: dict[tuple[str, str], Statistics] = {}
         self._runs = concurrent.futures.ThreadPoolExecutor(_RUNS, "serving-run")
         self._disk = concurrent.futures.ThreadPoolExecutor(1, "serving-disk")
         self._cache = ResultCache(options.result_cache) if options.result_cache.max_bytes else None
         caps = [cap for cap in (options.max_memory, _share_of_machine(options.workers)) if cap is not None]
-        self._watch = memory.Watch(min(caps, default=None))
-        self._residency = Residency(options, cap=self._watch.cap, runs=self._runs, cache=self._cache, resident=resident)
-        self._residency.on_step = self._watch.forget_trend
+        cap = min(caps, default=None)
+        self._residency = Residency(options, cap=cap, runs=self._runs, cache=self._cache, resident=resident)
+        self._relief = Reliever(cap, residency=self._residency, cache=self._cache, resident=resident)
+        self._answering = Answering(self._residency)
         self._tasks: list[asyncio.Task[None]] = []
-        self._shadows: set[asyncio.Task[None]] = set()
-        self._relief: Counter[str] = Counter()
-        self._last_step = 0.0
-        self._refusing = False
         self._stopping = False
 
     # What the transports ask.
@@ -105,12 +96,12 @@ class Models:
 
     def names(self) -> tuple[str, ...]:
         """All models, sorted, whether ready or not."""
-        return tuple(sorted(self._lineups))
+        return tuple(sorted(self._models))
 
     def is_ready(self, model: str | None = None, version: str = "") -> bool:
         """Whether a model, or for None anything at all, can answer at once or after loading. Raises NotFound."""
         if model is None:
-            return any(self.is_ready(name) for name in self._lineups)
+            return any(self.is_ready(name) for name in self._models)
         lineup = self._lineup(model)
         if self._stopping:
             return False
@@ -127,7 +118,7 @@ class Models:
 
     def index(self) -> list[dict[str, Any]]:
         """Every version of every model, on disk or in memory: name, version, state, reason."""
-        return [row for name in sorted(self._lineups) for row in self._lineups[name].index()]
+        return [row for name in sorted(self._models) for row in self._models[name].lineup.index()]
 
     def statistics(self, model: str, version: str) -> Statistics:
         """The counts of a version, made where there are none."""
@@ -157,38 +148,30 @@ class Models:
         """Memory and what was done about it, as JSON values; sizes in bytes."""
         room = self._residency.room()
         return {
-            "resident_bytes": self._resident(),
-            "cap_bytes": self._watch.cap,
-            "trend_bytes_per_second": round(self._watch.trend()),
-            "predicted_bytes": self._watch.predicted(),
-            "relief": self._watch.level.name.lower(),
+            **self._relief.to_json(),
             "room_bytes": None if room == float("inf") else round(room),
             "batch_share": self._residency.share,
             "models": by_model(self._residency.entries),
             **{name: self._residency.counts[name] for name in ("loads", "evictions", "prefetches")},
-            **{name: self._relief[name] for name in ("shrinks", "relief_evictions", "refusals")},
         }
 
     def expecting(self, model: str, version: str = "") -> contextlib.AbstractContextManager[None]:
         """Around the reading of a large request. Raises NotFound, Unavailable, Overloaded."""
         entry = self._lineup(model).pick(version)
-        if self._refusing:
+        if self._relief.refusing:
             raise self._out_of_memory(entry)
         # Where a version is on trial another one may take it; one that is not in memory has no queue yet.
         return contextlib.nullcontext() if entry.loaded is None else entry.loaded.expecting()
 
     async def infer(self, request: Request) -> Response:
         """Answers a request. Raises ServingError; nothing else leaves it but cancellation."""
-        lineup = self._lineups.get(request.model) or self._lineup(request.model)
+        found = self._models.get(request.model) or self._model(request.model)
         if self._stopping:
             raise Unavailable("the server is shutting down")
-        entry = lineup.pick(request.version, request)
-        if self._refusing:
+        entry = found.lineup.pick(request.version, request)
+        if self._relief.refusing:
             raise self._out_of_memory(entry)
-        trial = lineup.trial
-        if trial is None:
-            return await self._answer(lineup, entry, request, entry.window)
-        return await self._on_trial(lineup, trial, entry, request)
+        return await self._answering.answer(found, entry, request)
 
     # What the server and its operator ask.
 
@@ -212,10 +195,11 @@ class Models:
     async def stop(self) -> None:
         """Takes no more requests, answers those that are in, and frees everything."""
         self._stopping = True
-        for task in (*self._tasks, *self._shadows):
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *self._shadows, return_exceptions=True)
-        await asyncio.gather(*(lineup.stop() for lineup in self._lineups.values()))
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._answering.stop()
+        await asyncio.gather(*(one.stop() for one in self._models.values()))
         self._residency.close()
         self._disk.shutdown(wait=False)
         self._runs.shutdown(wait=False)
@@ -234,23 +218,22 @@ class Models:
             NotFound: there is no such model on disk.
             Unavailable: it cannot be loaded, and why.
         """
-        if model in self._lineups:
-            self._lineups[model].forgive()
+        if model in self._models:
+            self._models[model].forgive()
         await self.refresh()
-        lineup = self._lineup(model)
-        entry = lineup.pick("")
+        found = self._model(model)
+        entry = found.lineup.pick("")
         try:
             await self._residency.acquire(entry)
         except Error as error:
-            lineup.rejected_at_use(entry, error)
+            found.rejected_at_use(entry, error)
             raise failure(error) from error
 
     async def unload(self, model: str) -> None:
         """Takes a model out of service after its last answer, until ``load``. Raises NotFound."""
-        lineup = self._lineup(model)
-        lineup.unloaded = True
-        lineup.reconcile()
-        await lineup.settled()
+        found = self._model(model)
+        found.unload()
+        await found.settled()
 
     async def rollback(self, model: str) -> str:
         """Goes back from the newest version of a model by hand, until its files change or ``load``.
@@ -261,107 +244,30 @@ class Models:
         Raises:
             NotFound: there is no such model, or no version to go back to.
         """
-        lineup = self._lineup(model)
-        lineup.roll_back("by hand")
-        await lineup.settled()
-        return str(lineup.pick("").version.number)
+        found = self._model(model)
+        found.roll_back("by hand")
+        await found.settled()
+        return str(found.lineup.pick("").version.number)
 
     async def _settled(self) -> None:
-        for lineup in list(self._lineups.values()):
-            await lineup.settled()
+        for found in list(self._models.values()):
+            await found.settled()
 
     # How a request is answered.
 
     def _out_of_memory(self, entry: Entry) -> Overloaded:
-        self._relief["refusals"] += 1
+        self._relief.counts["refusals"] += 1
         entry.statistics.rejected("REJECTED")
         return Overloaded("the server is out of memory", hint="send it again later")
 
-    def _lineup(self, model: str) -> Lineup:
-        lineup = self._lineups.get(model)
-        if lineup is None:
+    def _model(self, model: str) -> Changeover:
+        found = self._models.get(model)
+        if found is None:
             raise NotFound(f"there is no model {model!r}", hint=f"there are: {', '.join(self.names()) or 'none'}")
-        return lineup
+        return found
 
-    async def _answer(self, lineup: Lineup, entry: Entry, request: Request, window: Window | Trial) -> Response:
-        entry.in_use += 1
-        entry.recent += 1
-        try:
-            loaded = entry.loaded
-            if loaded is None:
-                loaded = await self._wait(lineup, entry, request)
-            began = entry.last_used_ns = time.monotonic_ns()
-            response = await loaded.infer(request)
-            if not response.cached:
-                window.answered(time.monotonic_ns() - began)
-            return response
-        except ModelFailed:
-            window.failed()
-            raise
-        except ServingError:
-            raise
-        except Exception as error:
-            window.failed()
-            entry.statistics.rejected("OTHER")
-            _log.exception("%s: a request failed", entry)
-            raise ModelFailed(f"{type(error).__name__} while the request was handled") from error
-        finally:
-            entry.in_use -= 1
-            if not entry.in_use:
-                self._residency.left()
-
-    async def _wait(self, lineup: Lineup, entry: Entry, request: Request) -> Loaded:
-        """The version, once it is loaded; or what took its place where it cannot be."""
-        left = None if request.deadline_ns is None else max(request.deadline_ns - time.monotonic_ns(), 0) * 1e-9
-        try:
-            return await asyncio.wait_for(self._residency.acquire(entry), left)
-        except TimeoutError:
-            entry.statistics.rejected("REJECTED")
-            raise DeadlineExceeded(f"the deadline passed while {entry} was loaded") from None
-        except Error as error:
-            lineup.rejected_at_use(entry, error)
-            await lineup.settled()
-            other = lineup.stable
-            if not request.version and other is not None and other is not entry and other.loaded is not None:
-                return other.loaded
-            entry.statistics.rejected("OTHER")
-            raise failure(error) from error
-
-    async def _on_trial(self, lineup: Lineup, trial: Trial, entry: Entry, request: Request) -> Response:
-        """A request while a version is on trial: what that fails at, the old version answers."""
-        stable, candidate = lineup.stable, lineup.candidate
-        if entry is not candidate or stable is None:
-            response = await self._answer(lineup, entry, request, entry.window)
-            if trial.mode == "shadow" and candidate is not None and entry is stable:
-                self._copy_to(lineup, trial, candidate, request)
-            return response
-        try:
-            return await self._tried(lineup, trial, candidate, request)
-        except (ModelFailed, Unavailable):
-            if request.version:
-                raise
-            return await self._answer(lineup, stable, request, stable.window)
-
-    async def _tried(self, lineup: Lineup, trial: Trial, entry: Entry, request: Request) -> Response:
-        token = object()
-        trial.running[token] = time.monotonic_ns()
-        try:
-            return await self._answer(lineup, entry, request, trial)
-        finally:
-            del trial.running[token]
-
-    def _copy_to(self, lineup: Lineup, trial: Trial, entry: Entry, request: Request) -> None:
-        if len(self._shadows) >= _SHADOWS:
-            return
-
-        async def copy() -> None:
-            # What became of it is counted in the trial.
-            with contextlib.suppress(ServingError):
-                await self._tried(lineup, trial, entry, dataclasses.replace(request, deadline_ns=None, received_ns=0))
-
-        task = asyncio.create_task(copy())
-        self._shadows.add(task)
-        task.add_done_callback(self._shadows.discard)
+    def _lineup(self, model: str) -> Lineup:
+        return self._model(model).lineup
 
     # What goes on in the background.
 
@@ -373,35 +279,35 @@ class Models:
             _log.warning("%s: %s", self.source.path, remark)
         self._remarks = frozenset(snapshot.remarks)
         for name, found in snapshot.models.items():
-            lineup = self._lineups.get(name)
-            if lineup is None:
-                self._lineups[name] = self._new(found)
+            known = self._models.get(name)
+            if known is None:
+                self._models[name] = self._new(found)
                 continue
             if found.versions:
                 self._missing.pop(name, None)
             if found.versions or self._gone(name):
-                lineup.update(found)
-        for name in [name for name in self._lineups if name not in snapshot.models and self._gone(name)]:
+                known.update(found)
+        for name in [name for name in self._models if name not in snapshot.models and self._gone(name)]:
             del self._missing[name]
-            self._lineups.pop(name).withdraw("the model was removed")
+            self._models.pop(name).withdraw("the model was removed")
 
     def _gone(self, name: str) -> bool:
         """Whether a model has had no version for a while: a folder that is replaced by two renames is away briefly."""
         now = time.monotonic()
         return now - self._missing.setdefault(name, now) >= _GONE_S
 
-    def _new(self, found: Found) -> Lineup:
+    def _new(self, found: Found) -> Changeover:
         def statistics(number: int) -> Statistics:
             return self.statistics(found.name, str(number))
 
-        lineup = Lineup(found, residency=self._residency, statistics=statistics, on_switch=self._switched)
+        made = Changeover(Lineup(found), residency=self._residency, statistics=statistics, on_switch=self._switched)
         for number, why in found.problems.items():
             _log.warning("%s version %d is not taken: %s", found.name, number, why)
         if found.problem:
             _log.warning("model %r is not served: %s", found.name, found.problem)
         else:
-            lineup.reconcile()
-        return lineup
+            made.reconcile()
+        return made
 
     def _switched(self, switch: Switch) -> None:
         self._switches.append(switch)
@@ -417,60 +323,33 @@ class Models:
             except Exception:  # noqa: BLE001 - a fault in one look must not end all looks
                 _log.exception("looking at the repository failed")
 
+    def _tidy(self, now: float) -> None:
+        """Forgets what is left of versions that are gone: counts after a while, answers when they are too old."""
+        there = {(row["name"], row["version"]) for row in self.index()}
+        self._forgotten = {key: self._forgotten.get(key, now) for key in self._statistics if key not in there}
+        for key in [key for key, since in self._forgotten.items() if now - since >= _COUNTS_S]:
+            del self._statistics[key], self._forgotten[key]
+        if self._cache is not None:
+            self._cache.forget_old()
+
     async def _tick(self) -> None:
-        last = time.monotonic()
+        last = tidied = time.monotonic()
         while True:
             await asyncio.sleep(_TICK_S)
             now = time.monotonic()
             try:
-                for lineup in list(self._lineups.values()):
-                    lineup.tick(time.monotonic_ns())
+                if now - tidied >= _TIDY_S:
+                    tidied = now
+                    self._tidy(now)
+                for found in list(self._models.values()):
+                    found.tick(time.monotonic_ns())
                 self._residency.count_uses(now - last)
-                await self._relieve(now)
-                if self._watch.level is Relief.NONE:
+                await self._relief.step(now)
+                if self._relief.watch.level is Relief.NONE:
                     self._residency.prefetch()
             except Exception:  # noqa: BLE001 - likewise
                 _log.exception("looking after the models failed")
             last = now
-
-    async def _relieve(self, now: float) -> None:
-        """Does what the level of memory asks for, the cheapest first."""
-        before = self._watch.level
-        resident = self._resident()
-        level = self._watch.sample(time.monotonic_ns(), resident)
-        self._residency.observe(resident)
-        victim = self._residency.least_recent() if level >= Relief.EVICT else None
-        self._refusing = level is Relief.REFUSE and victim is None
-        if level is not before:
-            _log.warning(
-                "memory: %s → %s, %d of %d MB, %+.1f MB/s",
-                before.name.lower(), level.name.lower(), self._watch.resident >> 20, (self._watch.cap or 0) >> 20,
-                self._watch.trend() / 1e6,
-            )  # fmt: skip
-            if level < before:
-                self._last_step = now
-        if now - self._last_step < _STEP_S and (level is not Relief.REFUSE or victim is None):
-            return
-        everything = [entry.loaded for entry in self._residency.entries if entry.loaded is not None]
-        if level >= Relief.SHRINK and self._residency.share > _LEAST_SHARE:
-            self._last_step = now
-            self._residency.share /= 2
-            self._relief["shrinks"] += 1
-            _log.warning("memory: batches are cut to %.0f %%", self._residency.share * 100)
-            for loaded in everything:
-                loaded.shrink(0.5)
-            if self._cache is not None:
-                self._cache.clear()
-        elif victim is not None:
-            self._last_step = now
-            self._relief["relief_evictions"] += 1
-            await self._residency.evict(victim, "memory is short")
-        elif level is Relief.NONE and self._residency.share < 1:
-            self._last_step = now
-            self._residency.share = min(self._residency.share * 2, 1.0)
-            _log.info("memory: batches may be %.0f %% again", self._residency.share * 100)
-            for loaded in everything:
-                loaded.grow()
 
 
 def _share_of_machine(workers: int) -> int | None:

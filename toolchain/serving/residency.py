@@ -38,6 +38,8 @@ from toolchain.serving.statistics import Statistics
 
 _log = logging.getLogger(__name__)
 
+#: Number, digest of the files, and what is said about loading it.
+Key = tuple[int, str, str]
 State = Literal["UNAVAILABLE", "LOADING", "READY", "UNLOADING"]
 
 #: Sessions are loaded up to here, as a share of the cap: relief begins there.
@@ -99,7 +101,7 @@ class Entry:
     load_seconds: float = 0.0
 
     @property
-    def key(self) -> tuple[int, str, str]:
+    def key(self) -> Key:
         """Entries of one model with equal keys would be loaded alike."""
         return entry_key(self.version, self.options)
 
@@ -120,7 +122,7 @@ class Entry:
         return f"{self.version.model} version {self.version.number}"
 
 
-def entry_key(version: Version, options: ModelOptions) -> tuple[int, str, str]:
+def entry_key(version: Version, options: ModelOptions) -> Key:
     """As ``Entry.key``, of an entry that is not there yet."""
     return version.number, version.digest, options.model_dump_json(exclude=_NOT_LOADED)
 

@@ -70,6 +70,13 @@ class ResultCache:
         self._entries.clear()
         self._bytes = 0
 
+    def forget_old(self) -> None:
+        """Forgets answers that are too old: those of a version that is gone are never asked for again."""
+        now = time.monotonic_ns()
+        for key in [key for key, entry in self._entries.items() if now - entry.made_ns > self._age_ns]:
+            self._expired += 1
+            self._drop(key)
+
     def close(self) -> None:
         """Forgets all answers, and ends the thread."""
         self.clear()

@@ -91,6 +91,15 @@ def test_what_fails_its_self_test_or_was_replaced_is_refused(tmp_path: Path) -> 
         make(dataclasses.replace(version, digest="0" * 64), OPTIONS, None, server=SERVER)
 
 
+def test_a_process_of_its_own_tests_what_will_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("runtimes._selftest.selftest_apart", lambda root, **more: asked.append(more["options"]))
+    version = version_of(write_artifact(tmp_path / "m"))
+    own = OPTIONS.model_copy(update={"session_options": {"spinning": False}})
+    make(version, own, None, server=ServerOptions(threads=3), apart=True).session.close()
+    assert asked == [{"spinning": False, "intra_op_threads": 3}]
+
+
 @pytest.mark.parametrize("name", ["../names.txt", "link.txt", "nothing.txt", "binary.txt", "/etc/hostname"])
 def test_labels_lie_beside_the_options(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "m"

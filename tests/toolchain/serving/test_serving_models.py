@@ -18,7 +18,7 @@ from runtimes import InvalidArtifact
 from toolchain.serving import loading
 from toolchain.serving.base import DeadlineExceeded, ModelFailed, NotFound, Overloaded, Unavailable
 from toolchain.serving.models import Models
-from toolchain.serving.options import ModelOptions, ResultCache, ServerOptions
+from toolchain.serving.options import ModelOptions, ResultCache, Rollout, ServerOptions
 from toolchain.serving.repository import open_source
 
 MB = 1 << 20
@@ -252,11 +252,38 @@ def test_what_a_session_takes_is_measured(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_counts_of_versions_that_are_gone_are_forgotten_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "m"
+    write_artifact(root / "a" / "1", 1.0)
+    at_once = ModelOptions(rollout=Rollout(trial_seconds=0, trial_requests=0))
+    for name, value in (("_TICK_S", 0.01), ("_TIDY_S", 0.01), ("_COUNTS_S", 0.5)):
+        monkeypatch.setattr(f"toolchain.serving.models.{name}", value)
+
+    async def run() -> None:
+        async with serving(root, defaults=at_once, result_cache={"max_bytes": 1 << 20, "max_age_seconds": 0.3}) as one:
+            await one.infer(request("a"))
+            assert one.cache_statistics()["entries"] == 1
+            write_artifact(root / "a" / "2", 2.0)
+            await until(lambda: one.info("a").version == "2")
+            await until(lambda: one.cache_statistics()["entries"] == 0)
+            await asyncio.sleep(0.7)
+            assert set(one.all_statistics()) == {("a", "1"), ("a", "2")}, "it is on disk, and may come back"
+            shutil.rmtree(root / "a" / "1")
+            await until(lambda: set(one.all_statistics()) == {("a", "2")})
+            write_artifact(root / "a" / "3", 3.0)
+            await until(lambda: one.info("a").version == "3")
+            assert one.all_statistics()["a", "2"].success.count == 0
+
+    asyncio.run(run())
+
+
 def test_relief_shrinks_then_evicts_then_refuses_and_grows_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = write_four(tmp_path / "m")
-    monkeypatch.setattr("toolchain.serving.models._STEP_S", 0.0)
+    monkeypatch.setattr("toolchain.serving.relief._STEP_S", 0.0)
     monkeypatch.setattr("toolchain.serving.models._TICK_S", 0.01)
     monkeypatch.setattr("toolchain.serving.memory.HORIZON_S", 0.0)
     used = [200 * MB]
@@ -293,7 +320,7 @@ def test_a_version_loaded_while_memory_is_short_has_small_batches_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = write_four(tmp_path / "m")
-    monkeypatch.setattr("toolchain.serving.models._STEP_S", 0.0)
+    monkeypatch.setattr("toolchain.serving.relief._STEP_S", 0.0)
     monkeypatch.setattr("toolchain.serving.models._TICK_S", 0.01)
     monkeypatch.setattr("toolchain.serving.memory.HORIZON_S", 0.0)
     used = [200 * MB]

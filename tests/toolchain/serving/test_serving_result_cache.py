@@ -123,6 +123,21 @@ def test_old_answers_are_computed_again() -> None:
     asyncio.run(scene())
 
 
+def test_old_answers_that_nobody_asks_for_again_are_forgotten() -> None:
+    async def scene() -> None:
+        kept = cache(max_age_seconds=0.2)
+        loaded = make(Scripted(), cache=kept)
+        await loaded.infer(request(1.0))
+        await asyncio.sleep(0.21)
+        await loaded.infer(request(2.0))
+        kept.forget_old()
+        assert (kept.statistics()["expired"], kept.statistics()["entries"]) == (1, 1)
+        assert 0 < kept.statistics()["bytes"] < 2048
+        assert (await loaded.infer(request(2.0))).cached
+
+    asyncio.run(scene())
+
+
 def test_what_is_kept_is_not_a_view_of_a_batch_and_cannot_be_changed() -> None:
     async def scene() -> None:
         kept = cache()

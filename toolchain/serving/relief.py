@@ -1,0 +1,107 @@
+"""What is done where memory is short: batches are cut, idle versions evicted, new work refused, in that order.
+
+``memory.Watch`` says which of it, four times a second; one step is taken at a time, and what it freed is looked at
+before the next. When there is room again, batches grow back step by step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from toolchain.serving import memory
+from toolchain.serving.memory import Relief
+from toolchain.serving.residency import Residency
+from toolchain.serving.result_cache import ResultCache
+
+_log = logging.getLogger(__name__)
+
+#: Between two cuts of the batches, and between two evictions, while memory stays short.
+_STEP_S = 2.0
+#: Batches are not cut further than to this share.
+_LEAST_SHARE = 0.125
+
+
+class Reliever:
+    """Looks after the memory of one server. Used on the event loop's thread.
+
+    Args:
+        cap: bytes that the process may have; None: no bound.
+        residency: what is in memory; told of it when batches are cut.
+        cache: of results, forgotten when batches are cut; None where it is off.
+        resident: gives the bytes that the process has in memory.
+
+    Attributes:
+        watch: what memory does.
+        refusing: new work is to be refused.
+        counts: ``shrinks``, ``relief_evictions``, ``refusals``.
+    """
+
+    def __init__(
+        self, cap: int | None, *, residency: Residency, cache: ResultCache | None, resident: Callable[[], int]
+    ) -> None:
+        self.watch = memory.Watch(cap)
+        self.refusing = False
+        self.counts: Counter[str] = Counter()
+        self._residency = residency
+        self._cache = cache
+        self._resident = resident
+        self._last_step = 0.0
+        residency.on_step = self.watch.forget_trend
+
+    def to_json(self) -> dict[str, Any]:
+        """Sizes in bytes, and what was done."""
+        return {
+            "resident_bytes": self._resident(),
+            "cap_bytes": self.watch.cap,
+            "trend_bytes_per_second": round(self.watch.trend()),
+            "predicted_bytes": self.watch.predicted(),
+            "relief": self.watch.level.name.lower(),
+            **{name: self.counts[name] for name in ("shrinks", "relief_evictions", "refusals")},
+        }
+
+    async def step(self, now: float) -> None:
+        """Does what the level of memory asks for, the cheapest first.
+
+        Args:
+            now: ``time.monotonic()``.
+        """
+        before = self.watch.level
+        resident = self._resident()
+        level = self.watch.sample(time.monotonic_ns(), resident)
+        self._residency.observe(resident)
+        victim = self._residency.least_recent() if level >= Relief.EVICT else None
+        self.refusing = level is Relief.REFUSE and victim is None
+        if level is not before:
+            _log.warning(
+                "memory: %s → %s, %d of %d MB, %+.1f MB/s",
+                before.name.lower(), level.name.lower(), self.watch.resident >> 20, (self.watch.cap or 0) >> 20,
+                self.watch.trend() / 1e6,
+            )  # fmt: skip
+            if level < before:
+                self._last_step = now
+        if now - self._last_step < _STEP_S and (level is not Relief.REFUSE or victim is None):
+            return
+        everything = [entry.loaded for entry in self._residency.entries if entry.loaded is not None]
+        if level >= Relief.SHRINK and self._residency.share > _LEAST_SHARE:
+            self._last_step = now
+            self._residency.share /= 2
+            self.counts["shrinks"] += 1
+            _log.warning("memory: batches are cut to %.0f %%", self._residency.share * 100)
+            for loaded in everything:
+                loaded.shrink(0.5)
+            if self._cache is not None:
+                self._cache.clear()
+        elif victim is not None:
+            self._last_step = now
+            self.counts["relief_evictions"] += 1
+            await self._residency.evict(victim, "memory is short")
+        elif level is Relief.NONE and self._residency.share < 1:
+            self._last_step = now
+            self._residency.share = min(self._residency.share * 2, 1.0)
+            _log.info("memory: batches may be %.0f %% again", self._residency.share * 100)
+            for loaded in everything:
+                loaded.grow()
