@@ -128,7 +128,7 @@ function table(now) {
     row.title = "click to plot this one alone";
     row.onclick = () => { chosen = chosen === mine ? null : mine; show(); };
     const lately = grown(before(WINDOW), now, mine);
-    cell(row, model.name);
+    cell(row, model.name).title = model.name;
     cell(row, model.version);
     cell(row, model.state.toLowerCase(), model.state);
     cell(row, lately ? amount(lately.success / lately.seconds) : "–");
@@ -201,7 +201,8 @@ function plot(canvas, lines, label) {
     pen.moveTo(left, Math.round(y(value)) + 0.5);
     pen.lineTo(width - right, Math.round(y(value)) + 0.5);
     pen.stroke();
-    if (values.length) pen.fillText(value ? label(Number(value.toPrecision(3))) : "0", left - 8, y(value));
+    // of an axis, "10 ms" says as much as "10.0 ms"
+    if (values.length) pen.fillText(label(Number(value.toPrecision(3))).replace(/\.0+(?=\D|$)|(?<=\.\d)0(?=\D|$)/, ""), left - 8, y(value));
   }
   pen.textBaseline = "alphabetic";
   for (const at of [-120, -90, -60, -30, 0]) {
