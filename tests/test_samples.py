@@ -109,3 +109,20 @@ def test_04_prunes_recovers_and_quantises(assets: Path, tmp_path: Path) -> None:
     # half the multiply-accumulates, no training: far above the 10 % of chance, and the export's own accuracy beside it
     assert variant["accuracy"]["top1"] > 0.6
     assert variant["accuracy"]["reference_top1"] > 0.92
+
+
+def test_07_serves_asks_and_switches_versions(artifact: Path) -> None:
+    pytest.importorskip("fastapi", reason="serving needs the serve extra")
+    pytest.importorskip("tritonclient.grpc", reason="serving needs the serve extra")
+    done = subprocess.run(
+        [sys.executable, SAMPLES / "07_serve_and_ask" / "ask.py", artifact], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "gRPC: version 1 of resnet18: {'logits': [1, 1000]}"
+    assert lines[1].startswith("HTTP: version 1:")
+    asked = int(re.search(r"not one of the (\d+) requests", lines[2])[1])  # type: ignore[index]
+    counts = [re.fullmatch(r'nv_\w+{model="resnet18",version="(\d)"} (\d+)', line) for line in lines[3:]]
+    assert [match.groups() for match in counts if match] == [("1", str(asked + 2)), ("2", "1")]
+    assert "failed" not in done.stderr
