@@ -160,7 +160,7 @@ def serve(
 
 
 def _show(ports: Ports) -> None:
-    """A line for each port and each model, when the server is ready."""
+    """A line for each port and each model, when the server is ready. Not wrapped: programs read them."""
     host = f"[{ports.host}]" if ":" in ports.host else ports.host
     s = "s" if ports.tls else ""
     lines = [
@@ -171,11 +171,17 @@ def _show(ports: Ports) -> None:
     ]
     for name, port, text in lines:
         if port is not None:
-            console.out.print(Text(f"{name:<8} {text}"))
+            console.out.print(Text(f"{name:<8} {text}"), soft_wrap=True)
+    if not ports.index:
+        console.out.print(
+            Text(f"{'models':<8} none yet: the folder has no NAME/VERSION/ with an artifact"), soft_wrap=True
+        )
     for entry in ports.index:
-        reason = f"  {entry['reason']}" if entry["reason"] else ""
+        reason = f", {entry['reason']}" if entry["reason"] else ""
         version = f" version {entry['version']}" if entry["version"] else ""
-        console.out.print(Text(f"{'model':<8} {entry['name']}{version}: {entry['state'].lower()}{reason}"))
+        console.out.print(
+            Text(f"{'model':<8} {entry['name']}{version}: {entry['state'].lower()}{reason}"), soft_wrap=True
+        )
     console.out.file.flush()
 
 

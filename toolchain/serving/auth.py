@@ -61,7 +61,10 @@ def read_tokens(path: Path) -> tuple[_Known, ...]:
                 )
             text = file.read(1 << 22).decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidTokens(f"the tokens cannot be read: {error}", where=str(path)) from error
+        why = getattr(error, "strerror", None) or error
+        raise InvalidTokens(
+            f"the tokens cannot be read: {why}", where=str(path), hint="a text file, a token a line"
+        ) from error
     known = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
@@ -128,7 +131,11 @@ class Auth:
         try:
             identity = _identity(self._path)
         except OSError as error:
-            raise InvalidTokens(f"the tokens cannot be read: {error}", where=str(self._path)) from error
+            raise InvalidTokens(
+                f"the tokens cannot be read: {error.strerror}",
+                where=str(self._path),
+                hint="a text file, a token a line",
+            ) from error
         if identity == self._identity:
             return False
         self._identity = identity  # also of a file that is wrong: it is complained of once

@@ -151,6 +151,8 @@ class ServerOptions(_Options):
         defaults: what models are served with that say nothing themselves.
     """
 
+    model_config = pydantic.ConfigDict(allow_inf_nan=False)
+
     host: str = "127.0.0.1"
     http_port: Annotated[int, pydantic.Field(ge=0, le=65535)] | None = 8000
     grpc_port: Annotated[int, pydantic.Field(ge=0, le=65535)] | None = 8001

@@ -65,7 +65,11 @@ class Certificate:
         try:
             found = [path.stat() for path in self._files]
         except OSError as error:
-            raise InvalidCertificate(f"it cannot be read: {error.strerror}", where=error.filename) from error
+            raise InvalidCertificate(
+                f"certificate or key cannot be read: {error.strerror}",
+                where=error.filename,
+                hint="--tls-certificate and --tls-key are PEM files that this user may read",
+            ) from error
         return tuple((f.st_dev, f.st_ino, f.st_size, f.st_mtime_ns, f.st_ctime_ns) for f in found)
 
     def _read(self) -> tuple[bytes, bytes]:

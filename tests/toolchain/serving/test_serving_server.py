@@ -224,3 +224,28 @@ def test_serving_loads_nothing_that_builds(model: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "loaded: []" in done.stdout.splitlines()
+
+
+def test_a_folder_without_models_says_so(tmp_path: Path) -> None:
+    with served(tmp_path, wait=False) as server:
+        server.until(lambda: any(line.startswith("models") for line in server.out))
+        assert "none yet" in server.out[-1]
+        assert server.ask("GET", "/v2/health/ready")[0] == 503
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--drain-seconds", "inf"], "--drain-seconds"),
+        (["--tokens", "absent.txt"], "a token a line"),
+        (["--tls-certificate", "absent.pem", "--tls-key", "absent.pem"], "PEM files that this user may read"),
+    ],
+)
+def test_an_option_that_cannot_be_says_which(model: Path, tmp_path: Path, words: list[str], told: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "toolchain", "serve", str(model), "--http-port", "0", *words], capture_output=True,
+        text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
