@@ -66,7 +66,8 @@ def ask_plainly(url: str, model: str, inputs: dict[str, list]) -> dict:
     """JSON to /predict, for whoever has no client."""
     body = json.dumps({"inputs": inputs}).encode()
     with urllib.request.urlopen(f"{url}/predict/{model}?top=3", body) as reply:
-        return json.load(reply)
+        answer: dict = json.load(reply)
+        return answer
 
 
 def main(artifact: str, second: str | None = None) -> None:

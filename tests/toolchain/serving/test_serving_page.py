@@ -22,7 +22,7 @@ import browser
 import onnx
 import onnx.parser
 from PIL import Image
-from test_serving_server import served
+from server_support import served
 
 from toolchain.serving.page_routes import POLICY
 

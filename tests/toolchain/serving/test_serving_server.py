@@ -249,3 +249,14 @@ def test_an_option_that_cannot_be_says_which(model: Path, tmp_path: Path, words:
     assert done.returncode == 2
     assert told in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_traces_of_workers_go_to_the_console(model: Path) -> None:
+    pytest.importorskip("opentelemetry.sdk", reason="traces need the trace extra")
+    wanted = {"OTEL_SDK_DISABLED": "false", "OTEL_TRACES_EXPORTER": "console"}
+    with served(model, "--workers", "2", environment=wanted) as server:
+        server.infer()
+        assert server.end() == 0, server.err
+    printed = "".join(server.err)
+    assert '"name": "compute"' in printed
+    assert not any("trace_id" in line for line in server.out)
