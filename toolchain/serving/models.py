@@ -311,7 +311,8 @@ class Models:
 
     def _switched(self, switch: Switch) -> None:
         self._switches.append(switch)
-        _log.info("model %r: %s → %s, %s: %s", switch.model, switch.old, switch.new, switch.what, switch.why)
+        old, new = (version or "none" for version in (switch.old, switch.new))
+        _log.info("model %r: %s → %s, %s: %s", switch.model, old, new, switch.what, switch.why)
 
     async def _poll(self) -> None:
         while True:

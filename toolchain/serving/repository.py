@@ -316,7 +316,12 @@ def read_options(path: Path, defaults: ModelOptions) -> ModelOptions:
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise InvalidArtifact(f"{OPTIONS_FILE}: {key}: {first['msg']}", where=f"{path}, key {key!r}") from None
+        why = "there is no such option" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InvalidArtifact(
+            f"{OPTIONS_FILE}: {key}: {why}",
+            where=f"{path}, key {key!r}",
+            hint=f"its options are {', '.join(ModelOptions.model_fields)}" if len(first["loc"]) == 1 else None,
+        ) from None
 
 
 def _largest_variant(manifest: Manifest) -> int:

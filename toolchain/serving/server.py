@@ -375,7 +375,7 @@ async def running(
             yield ports
         finally:
             observed.draining = True
-            _log.info("draining: %d s for what is in flight", options.drain_seconds)
+            _log.info("draining: %d s at most for what is in flight", options.drain_seconds)
             await asyncio.sleep(min(LAME_DUCK_SECONDS, options.drain_seconds / 4))
             limits.draining = True
             watching.cancel()

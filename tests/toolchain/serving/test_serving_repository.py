@@ -198,3 +198,11 @@ def test_a_broken_serving_yaml_leaves_the_options_of_before(tmp_path: Path) -> N
     assert found.options.pin
     (root / "a" / "serving.yaml").unlink()
     assert source.scan(DEFAULTS).models["a"].options == DEFAULTS
+
+
+def test_an_option_that_is_none_is_told_with_those_that_are(tmp_path: Path) -> None:
+    path = tmp_path / "serving.yaml"
+    path.write_text("batchig: {max_batch_size: 3}")
+    with pytest.raises(InvalidArtifact, match="batchig: there is no such option") as caught:
+        read_options(path, ModelOptions())
+    assert "batching" in str(caught.value.hint)
