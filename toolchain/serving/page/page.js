@@ -202,7 +202,10 @@ function plot(canvas, lines, label) {
     pen.lineTo(width - right, Math.round(y(value)) + 0.5);
     pen.stroke();
     // of an axis, "10 ms" says as much as "10.0 ms"
-    if (values.length) pen.fillText(label(Number(value.toPrecision(3))).replace(/\.0+(?=\D|$)|(?<=\.\d)0(?=\D|$)/, ""), left - 8, y(value));
+    if (values.length) {
+      const text = label(Number(value.toPrecision(3))).replace(/\.0+(?=\D|$)|(?<=\.\d)0(?=\D|$)/, "");
+      pen.fillText(value ? text : "0", left - 8, y(value));
+    }
   }
   pen.textBaseline = "alphabetic";
   for (const at of [-120, -90, -60, -30, 0]) {
