@@ -43,6 +43,8 @@ _log = logging.getLogger("toolchain.serving")
 
 #: How long a server that shuts down goes on taking work after it said that it is not ready, seconds.
 LAME_DUCK_SECONDS = 0.5
+#: Files that a server has open beside HTTP connections: models that load, logs, sockets of its own, gRPC.
+_OWN_FILES = 256
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -116,6 +118,27 @@ def bind(host: str, port: int, *, what: str, reuse: bool = False) -> socket.sock
         ) from error
 
 
+def connection_limit(options: ServerOptions) -> int:
+    """HTTP connections at most: twice the requests that may be in flight, and no more than files may be open.
+
+    A server that has run out of files can neither look at its repository nor at its memory. So the soft limit is
+    raised as far as the hard one lets it, and what is left without room for the server's own files is not taken.
+    """
+    wanted = 2 * options.max_in_flight + 64
+    if sys.platform == "win32":
+        return wanted
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    if soft < wanted + _OWN_FILES:
+        most = wanted + _OWN_FILES
+        soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(16, min(wanted, soft - _OWN_FILES))
+
+
 class _Uvicorn(uvicorn.Server):
     """uvicorn without hands on signals: they are the whole server's."""
 
@@ -137,7 +160,7 @@ class HttpServer:
             app,
             uds=None if unix is None else str(unix),
             http=protocol(  # type: ignore[arg-type]  # uvicorn only makes them
-                client_timeout=options.client_timeout_seconds, max_connections=2 * options.max_in_flight + 64
+                client_timeout=options.client_timeout_seconds, max_connections=connection_limit(options)
             ),
             ws="none",
             lifespan="off",

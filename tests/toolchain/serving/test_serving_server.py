@@ -260,3 +260,19 @@ def test_traces_of_workers_go_to_the_console(model: Path) -> None:
     printed = "".join(server.err)
     assert '"name": "compute"' in printed
     assert not any("trace_id" in line for line in server.out)
+
+
+@pytest.mark.parametrize(("limits", "connections"), [((400, 400), 144), ((300, 1000), 744), ((100, 100), 16)])
+def test_connections_leave_files_for_the_server_itself(limits: tuple[int, int], connections: int) -> None:
+    pytest.importorskip("resource", reason="limits of open files are POSIX's")
+    code = f"""if True:
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, {limits})
+        from toolchain.serving.options import ServerOptions
+        from toolchain.serving.server import connection_limit
+        print(connection_limit(ServerOptions()), *resource.getrlimit(resource.RLIMIT_NOFILE))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
+    )
+    assert done.stdout.split() == [str(connections), str(limits[1]), str(limits[1])], done.stderr
