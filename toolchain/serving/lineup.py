@@ -5,6 +5,7 @@ What is asked of it changes nothing; ``changeover.py`` changes it.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -114,7 +115,7 @@ class Lineup:
                 "name": self.name,
                 "version": str(number),
                 "state": state,
-                "reason": why,
+                "reason": self._told(why),
                 "load_seconds": seconds.get(number),
             }
             for number, (state, why) in sorted(rows.items())
@@ -123,10 +124,18 @@ class Lineup:
                 "name": self.name,
                 "version": "",
                 "state": "UNAVAILABLE",
-                "reason": reason or "it has no version",
+                "reason": self._told(reason) or "it has no version",
                 "load_seconds": None,
             }
         ]
+
+    def _told(self, why: str) -> str:
+        """A reason as clients may read it: paths begin at the model, and not where that lies on this machine."""
+        for place in (self.found.folder, *(version.path for version in self.found.versions)):
+            if place is not None:
+                for parent in {str(place.parent), os.path.realpath(place.parent)}:
+                    why = why.replace(parent + os.sep, "")
+        return why
 
     def wanted(self) -> tuple[int, ...]:
         """What the policy takes of what is on disk and not rejected, ascending."""
