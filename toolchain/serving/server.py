@@ -318,6 +318,11 @@ async def running(
             observer.tracer = tracing.Tracer()
             stack.callback(observer.tracer.stop)
         models = Models(options, repository.open_source(path))
+        if options.max_memory is not None and (own_bytes := memory.resident_bytes()) >= options.max_memory:
+            raise CannotServe(
+                f"the server itself takes {own_bytes / 1e6:.0f} MB, and may have {options.max_memory / 1e6:.0f} MB",
+                where="--max-memory", hint="allow it that and what the models take",
+            )  # fmt: skip
         observed = Observed(models, observer)
 
         async def own() -> dict[str, Any]:

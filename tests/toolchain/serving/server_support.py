@@ -16,6 +16,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("tritonclient.grpc")
+pytest.importorskip("prometheus_client")
+
+import onnx
+import onnx.parser
 from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,6 +37,12 @@ g (int64[1] x, float[600, 600] w) => (float[600, 600] y) {
   y = Loop (x, yes, w) <body = b (int64 i, bool go, float[600, 600] a) => (bool on, float[600, 600] c)
     { on = Identity (go) s = Constant <value = float {0.001}> () m = MatMul (a, a) c = Mul (m, s) }>
 }"""
+
+
+def save(text: str, path: Path) -> Path:
+    """A model in ONNX's text form as a file."""
+    onnx.save(onnx.parser.parse_model(text), path)
+    return path
 
 
 class Server:

@@ -279,13 +279,17 @@ def test_counts_of_versions_that_are_gone_are_forgotten_after_a_while(
     asyncio.run(run())
 
 
-def test_relief_shrinks_then_evicts_then_refuses_and_grows_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = write_four(tmp_path / "m")
+@pytest.fixture
+def prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is looked at all the time, and what is done about it is done at once."""
     monkeypatch.setattr("toolchain.serving.relief._STEP_S", 0.0)
     monkeypatch.setattr("toolchain.serving.models._TICK_S", 0.01)
     monkeypatch.setattr("toolchain.serving.memory.HORIZON_S", 0.0)
+
+
+@pytest.mark.usefixtures("prompt")
+def test_relief_shrinks_then_evicts_then_refuses_and_grows_again(tmp_path: Path) -> None:
+    root = write_four(tmp_path / "m")
     used = [200 * MB]
 
     async def run() -> None:
@@ -316,13 +320,9 @@ def test_relief_shrinks_then_evicts_then_refuses_and_grows_again(
     asyncio.run(run())
 
 
-def test_a_version_loaded_while_memory_is_short_has_small_batches_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("prompt")
+def test_a_version_loaded_while_memory_is_short_has_small_batches_too(tmp_path: Path) -> None:
     root = write_four(tmp_path / "m")
-    monkeypatch.setattr("toolchain.serving.relief._STEP_S", 0.0)
-    monkeypatch.setattr("toolchain.serving.models._TICK_S", 0.01)
-    monkeypatch.setattr("toolchain.serving.memory.HORIZON_S", 0.0)
     used = [200 * MB]
 
     async def run() -> None:

@@ -16,23 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from server_support import ADD, ROOT, SLOW, Server, save, served
 
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
-pytest.importorskip("tritonclient.grpc")
-pytest.importorskip("prometheus_client")
-
-import onnx
-import onnx.parser
-import tritonclient.grpc as grpc_client
-from server_support import ADD, ROOT, SLOW, Server, served
+grpc_client = pytest.importorskip("tritonclient.grpc")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "add.onnx"
-    onnx.save(onnx.parser.parse_model(ADD), path)
-    return path
+    return save(ADD, tmp_path_factory.mktemp("model") / "add.onnx")
 
 
 def test_all_of_it_starts_answers_and_ends_with_a_signal(model: Path) -> None:
@@ -60,7 +51,7 @@ def test_all_of_it_starts_answers_and_ends_with_a_signal(model: Path) -> None:
 
 
 def test_what_is_in_flight_is_answered_and_nothing_new_is_taken(tmp_path: Path) -> None:
-    onnx.save(onnx.parser.parse_model(SLOW), tmp_path / "slow.onnx")
+    save(SLOW, tmp_path / "slow.onnx")
     with served(tmp_path / "slow.onnx", "--drain-seconds", "60") as server:
         inputs = [
             {"name": "x", "datatype": "INT64", "shape": [1], "data": [400]},
@@ -88,7 +79,7 @@ def test_what_is_in_flight_is_answered_and_nothing_new_is_taken(tmp_path: Path) 
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
-    onnx.save(onnx.parser.parse_model(SLOW), tmp_path / "slow.onnx")
+    save(SLOW, tmp_path / "slow.onnx")
     with served(tmp_path / "slow.onnx") as server:
         held = socket.create_connection(("127.0.0.1", server.port("HTTP")))
         held.sendall(b"POST /v2/models/slow/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
@@ -112,6 +103,15 @@ def test_a_busy_port_is_an_error_that_names_it(model: Path, name: str, workers: 
         assert "cannot listen" in server.said()
         assert port in server.said()
         assert f"--{name}-port" in server.said()
+
+
+def test_less_memory_than_the_server_itself_takes_is_refused(model: Path) -> None:
+    server = Server(model, "--max-memory", "1M", wait=False)
+    assert server.process.wait(60) == 2
+    for reader in server.readers:
+        reader.join()
+    assert "may have 1 MB" in server.said()
+    assert "--max-memory" in server.said()
 
 
 def test_tokens_are_asked_for_and_change_while_it_runs(model: Path, tmp_path: Path) -> None:

@@ -14,15 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
-pytest.importorskip("tritonclient.grpc")
-pytest.importorskip("prometheus_client")
-
-import onnx
-import onnx.parser
-from server_support import ADD, ROOT, SLOW, Server, served
+from server_support import ADD, ROOT, SLOW, Server, save, served
 
 from toolchain.serving import supervisor
 from toolchain.serving.options import ServerOptions
@@ -31,9 +23,7 @@ from toolchain.serving.server import CannotServe, Ports
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "add.onnx"
-    onnx.save(onnx.parser.parse_model(ADD), path)
-    return path
+    return save(ADD, tmp_path_factory.mktemp("model") / "add.onnx")
 
 
 def test_workers_share_the_work_and_a_dead_one_comes_back(model: Path) -> None:
@@ -127,7 +117,7 @@ def test_a_result_is_fetched_from_whichever_worker_has_it(model: Path) -> None:
 
 
 def test_a_shutdown_waits_for_tasks_that_are_pending_and_until_they_are_fetched(tmp_path: Path) -> None:
-    onnx.save(onnx.parser.parse_model(SLOW), tmp_path / "slow.onnx")
+    save(SLOW, tmp_path / "slow.onnx")
     with served(tmp_path / "slow.onnx", "--workers", "2", "--drain-seconds", "60") as server:
         rounds, w = [150], [[0.0] * 600] * 600
         body = json.dumps({"inputs": {"x": rounds, "w": w}}).encode()
