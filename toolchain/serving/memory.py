@@ -1,6 +1,6 @@
 """How much memory the process has, where that is going, and what is done about it.
 
-Resident memory is read each half second. Where it will be some seconds ahead is told by a straight line through the
+Resident memory is read four times a second. Where it will be some seconds ahead is told by a straight line through the
 last samples (least squares). As the prediction nears the cap, relief is given in one order, cheapest first::
 
     share of the cap:      0.85                    0.92                    0.98
