@@ -247,6 +247,16 @@ class Session(abc.ABC):
             InvalidInput: a shape that the model does not take, or outputs whose shape depends on data.
         """
 
+    def trim(self) -> None:  # noqa: B027 - a runtime that keeps nothing has nothing to do
+        """Gives back the memory that is kept for later runs, as far as the runtime is able to.
+
+        Runtimes keep what their largest run so far took. The next run takes anew what it needs, which costs time: not
+        for between two runs. Threads may run the model meanwhile; what they use is kept, by some runtimes with all else.
+
+        Raises:
+            SessionClosed: after ``close()``, where there is something to give back.
+        """
+
     @abc.abstractmethod
     def close(self) -> None:
         """Frees the model. Later calls raise SessionClosed; closing twice is fine."""

@@ -182,6 +182,7 @@ class OpenVinoSession(Session):
         self._dynamic = tuple(index for index, port in enumerate(made.outputs) if port.get_partial_shape().is_dynamic)
         self._free: list[Any] = []
         self._new_request: Callable[[], Any] = made.create_infer_request
+        self._release: Callable[[], None] = made.release_memory
 
     def run(self, feeds: Mapping[str, Any], /, *, outputs: Place = "host") -> dict[str, Any]:
         if outputs != "host":
@@ -220,9 +221,17 @@ class OpenVinoSession(Session):
         }
         return OpenVinoBinding(self, request, inputs, outputs)
 
+    def trim(self) -> None:
+        self._free = []
+        try:
+            self._release()
+        except RuntimeError as error:
+            if "busy state" not in str(error):  # a run goes on: what it uses is kept, and all else with it
+                raise _run_error(error) from error
+
     def close(self) -> None:
         # Threads inside run() hold their request, and with it the model, until they are done.
-        self._new_request = _closed
+        self._new_request = self._release = _closed
         self._free = []
 
 

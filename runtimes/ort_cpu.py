@@ -149,7 +149,8 @@ class OrtCpu(Backend):
             "graph_level": options.graph_level,
             "intra_op_threads": str(options.intra_op_threads or "one per core"),
         }
-        return OrtSession(session, compiled.target, file=path, unranked=unranked, info=info)
+        arena = "cpu:0" if options.arena else None
+        return OrtSession(session, compiled.target, file=path, unranked=unranked, info=info, arena=arena)
 
     def _require(self, target: Target) -> None:
         if target.device is not None:

@@ -309,6 +309,55 @@ class RuntimeContract:
         with pytest.raises(runtimes.InvalidInput, match="strings"):
             load("g (string[N] x) => (string[N] y) { y = Identity(x) }").bind({"x": (1,)})
 
+    @pytest.mark.parametrize(
+        "graph",
+        [
+            _RELU,
+            "g (float[N, 3] x, string[N, 2] s, int64 n) => (float[N, 3] y, string[N, 2] t, int64 m) "
+            "{ y = Relu(x)  t = Identity(s)  m = Identity(n) }",
+        ],
+        ids=["numbers", "and-strings"],
+    )
+    def test_trimmed(self, load: Load, graph: str, capfd: pytest.CaptureFixture[str]) -> None:
+        """It gives back what is kept, says nothing, and the session runs on as before."""
+        session = load(graph)
+        x = np.arange(-300, 300, dtype="float32").reshape(200, 3)
+        feeds = {"x": x, "s": np.full((200, 2), "a", object), "n": np.array(1)}
+        feeds = {spec.name: feeds[spec.name] for spec in session.inputs}
+        capfd.readouterr()
+        session.trim()
+        for _ in range(3):
+            assert np.array_equal(session.run(feeds)["y"], np.maximum(x, 0))
+            session.trim()
+            session.trim()
+        assert capfd.readouterr() == ("", "")
+
+    def test_trimmed_while_others_run(self, load: Load) -> None:
+        session = load("g (float[N, 64] x, float[64, 64] w) => (float[N, 64] y) { p = MatMul(x, w)  y = Relu(p) }")
+        feeds = {"x": np.ones((64, 64), "float32"), "w": np.ones((64, 64), "float32")}
+        stop = threading.Event()
+        ends: list[object] = []
+
+        def work() -> None:
+            try:
+                while not stop.is_set():
+                    if not (session.run(feeds)["y"] == 64).all():
+                        ends.append("wrong")
+                        return
+                ends.append(None)
+            except runtimes.Error as error:
+                ends.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(100):
+            session.trim()
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+        assert ends == [None] * 4
+
     def test_closed(self, load: Load) -> None:
         session = load(_RELU)
         binding = session.bind({"x": (1, 3)})

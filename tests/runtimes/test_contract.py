@@ -29,6 +29,7 @@ class TestOpenVinoCpu(RuntimeContract):
                 "only_text_is_a_string",
                 "numpys_own_strings_are_taken",
                 "bind_strings",
+                "and-strings",
             ),
             "its CPU plug-in handles strings in tokenizers only, and dies of others",
         ),

@@ -356,6 +356,55 @@ def test_a_failing_node_is_named(tmp_path: Path) -> None:
     assert "onnxruntime_src" not in caught.value.what
 
 
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize(("arena", "kept"), [(True, 60), (False, 0)])
+def test_memory_of_a_large_run_is_given_back(tmp_path: Path, arena: bool, kept: float) -> None:
+    """What the arena kept is given back without a run of the model, and taken again by the next large one."""
+    graph = "g (float[N, 1024] x) => (float[N] y) { e = Exp(x) r = Sin(e) y = ReduceSum<keepdims = 0>(r, a) }"
+    graph = graph.replace(" { ", " <int64[1] a = {1}> { ")
+    session = runtimes.load(save_model(tmp_path / "m.onnx", graph), options={"arena": arena})
+    few, many = ({"x": np.zeros((rows, 1024), "float32")} for rows in (2, 8192))
+    first = session.run(few)["y"]
+    session.trim()
+    before = resident_mb()
+    for _ in range(2):
+        session.run(many)
+        session.run(few)
+        held = resident_mb() - before
+        assert held >= kept, "the test proves nothing"
+        session.trim()
+        assert resident_mb() - before < 10
+    assert np.array_equal(session.run(few)["y"], first)
+    session.close()
+    with pytest.raises(runtimes.SessionClosed):
+        session.trim()
+
+
+def test_any_kind_of_input_lets_itself_be_trimmed(tmp_path: Path) -> None:
+    pytest.importorskip("ml_dtypes")
+    inputs = [
+        onnx.helper.make_tensor_value_info("any", 1, None),
+        onnx.helper.make_tensor_value_info("text", onnx.TensorProto.STRING, [2, "n"]),
+        onnx.helper.make_tensor_value_info("more_text", onnx.TensorProto.STRING, [2]),
+        onnx.helper.make_tensor_value_info("scalar", 1, []),
+        onnx.helper.make_tensor_value_info("fixed", 1, [3, 5]),
+        onnx.helper.make_tensor_value_info("half", onnx.TensorProto.BFLOAT16, [None, 2]),
+    ]
+    for taken in (inputs[:-1], [inputs[0], *inputs[3:]]):  # strings, and a dtype that goes another way
+        outputs = [onnx.helper.make_tensor_value_info(f"y{i}", each.type.tensor_type.elem_type, None)
+                   for i, each in enumerate(taken)]  # fmt: skip
+        nodes = [onnx.helper.make_node("Identity", [each.name], [f"y{i}"]) for i, each in enumerate(taken)]
+        graph = onnx.helper.make_graph(nodes, "g", taken, outputs)
+        path = tmp_path / "m.onnx"
+        onnx.save(onnx.helper.make_model(graph, ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 19)]), path)
+        with runtimes.load(path) as session:
+            session.trim()
+
+
 def test_out_of_memory(tmp_path: Path) -> None:
     path = save_model(
         tmp_path / "m.onnx",
