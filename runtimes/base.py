@@ -251,7 +251,7 @@ class Session(abc.ABC):
         """Gives back the memory that is kept for later runs, as far as the runtime is able to.
 
         Runtimes keep what their largest run so far took. The next run takes anew what it needs, which costs time: not
-        for between two runs. Threads may run the model meanwhile; what they use is kept, by some runtimes with all else.
+        for between two runs. Threads may run the model meanwhile; what they use is kept, and by some all else.
 
         Raises:
             SessionClosed: after ``close()``, where there is something to give back.

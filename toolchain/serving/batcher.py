@@ -36,6 +36,7 @@ from toolchain.serving.options import Batching
 from toolchain.serving.padding import Layout
 from toolchain.serving.request_queue import Queue, Shapes, Waiting
 from toolchain.serving.statistics import Reason, Statistics
+from toolchain.serving.trimming import Kept
 
 #: Short runs of the same shapes in a row before they move to the event loop.
 _STREAK = 8
@@ -102,6 +103,7 @@ class Batcher:
         self._hop_ns = float(_MOST_ON_LOOP)
         self._streaks: dict[Shapes, int] = {}
         self._quick: set[Shapes] = set()
+        self._kept = Kept()
 
     @property
     def pending(self) -> int:
@@ -185,6 +187,23 @@ class Batcher:
             self._leave(waiting)
             self._fail(waiting, Unavailable(f"model {self._info.name!r} was unloaded", hint="send it again"))
         self._tell_drained()
+
+    def keeps_too_much(self, now: float) -> bool:
+        """Whether the session is to give memory back; see ``trimming``. Asked a few times a second.
+
+        Args:
+            now: ``time.monotonic()``.
+        """
+        return self._kept.due(now)
+
+    async def trim(self, now: float) -> None:
+        """Has the session give back the memory that it keeps, in a thread. Requests are answered meanwhile.
+
+        Raises:
+            Error: the runtime failed, or the session was closed.
+        """
+        self._kept.given_back(now, running=self._running > 0)
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._session.trim)
 
     def separate(self) -> None:
         """Runs every request by itself from now on."""
@@ -349,6 +368,8 @@ class Batcher:
         self._started[number] = (sum(waiting.rows for waiting in batch), began)
         loop = asyncio.get_running_loop()
         inputs, rows = [waiting.request.inputs for waiting in batch], [waiting.rows for waiting in batch]
+        # Short runs on the loop are not counted: they take little.
+        self._kept.ran(sum([array.nbytes for arrays in inputs for array in arrays.values()]))
 
         def work() -> None:
             runs = run_together(self._session, self._layout, inputs, rows)

@@ -99,6 +99,14 @@ class Loaded:
         """Memory is there again: doubles the largest batch, up to what the options say."""
         self._controller.grow()
 
+    def keeps_too_much(self, now: float) -> bool:
+        """Whether the session keeps much more memory than it needs by now, ``time.monotonic()``."""
+        return self._batcher.keeps_too_much(now)
+
+    async def trim(self, now: float) -> None:
+        """Has the session give back what it keeps for later runs. Raises Error, as ``Batcher.trim``."""
+        await self._batcher.trim(now)
+
     async def drain(self) -> None:
         """Returns when nothing waits or runs."""
         await self._batcher.drained()

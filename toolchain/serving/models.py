@@ -197,6 +197,7 @@ class Models:
         self._stopping = True
         for task in self._tasks:
             task.cancel()
+        self._relief.stop()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._answering.stop()
         await asyncio.gather(*(one.stop() for one in self._models.values()))
