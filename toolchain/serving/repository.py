@@ -9,6 +9,7 @@ What can be served::
            mobile/manifest.json …   ``install`` made, or an artifact itself, which is version 1 then
            resnet50/serving.yaml    how it is served: fields of ``options.ModelOptions``
 
+An artifact in a folder that is named by a number is a version; where versions are in there, it is a model of that name.
 Names of models match ``[A-Za-z0-9_.-]+`` and do not begin with a dot; versions are whole numbers from 1 without
 leading zeros. Anything hidden is ignored: it is being written or removed. A version arrives by rename, so it is taken
 when its manifest is there; a numbered folder without one is reported and left alone. A link that leads out of the
@@ -136,7 +137,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         raise InvalidArtifact("that is neither a file nor a folder", where=str(path))
     elif os.path.lexists(place / _MANIFEST):
         kind = "artifact"
-    elif os.path.lexists(place / _versions.POINTER) or any(VERSION_NAME.fullmatch(name) for name in os.listdir(place)):
+    elif _holds_versions(place):
         kind = "model"
     else:
         return Source(place, "repository")
@@ -151,6 +152,46 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 
 
 Kind = Literal["file", "artifact", "model", "repository"]
+
+
+def _holds_versions(place: Path) -> bool:
+    """Whether a folder holds the versions of one model. Else it holds models, whose names may be numbers, too.
+
+    What lies in a folder with a number says which: an artifact is a version, and versions are a model. One with
+    neither is a version that has not arrived.
+
+    Raises:
+        InvalidArtifact: it holds both.
+    """
+    if os.path.lexists(place / _versions.POINTER) or os.path.lexists(place / OPTIONS_FILE):
+        return True
+    folders = [name for name in sorted(os.listdir(place)) if not name.startswith(".") and (place / name).is_dir()]
+    numbered = [name for name in folders if VERSION_NAME.fullmatch(name)]
+    versions = [name for name in numbered if os.path.lexists(place / name / _MANIFEST)]
+    models = [name for name in folders if _is_model(place / name) and name not in versions]
+    if versions and models:
+        raise InvalidArtifact(
+            f"{versions[0]!r} is an artifact and would be version {versions[0]} of {place.name!r}, and {models[0]!r} "
+            "holds versions and would be a model",
+            where=str(place),
+            hint=f"if {versions[0]!r} is a model, move the artifact into {versions[0]}/1; if it is a version, "
+            f"serve {models[0]!r} by itself",
+        )
+    return bool(numbered) and not models
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether there are versions in it, or what says how they are served."""
+    if os.path.lexists(folder / _versions.POINTER) or os.path.lexists(folder / OPTIONS_FILE):
+        return True
+    return any(VERSION_NAME.fullmatch(name) and os.path.lexists(folder / name / _MANIFEST) for name in _names(folder))
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:  # it is being removed, or is not ours to look into
+        return []
 
 
 class Source:

@@ -50,6 +50,39 @@ def test_what_one_path_can_be(tmp_path: Path) -> None:
     assert models["installed"].versions[0].bytes == (versions / "3" / "v" / "model.onnx").stat().st_size
 
 
+def test_a_number_is_a_version_or_the_name_of_a_model(tmp_path: Path) -> None:
+    """What lies in it decides; where it could be both, the user is asked."""
+
+    def kind(*artifacts: str, folders: tuple[str, ...] = (), files: tuple[str, ...] = ()) -> str:
+        root = tmp_path / "r"
+        shutil.rmtree(root, ignore_errors=True)
+        for name in artifacts:
+            write_artifact(root / name)
+        for name in folders:
+            (root / name).mkdir(parents=True)
+        for name in files:
+            (root / name).write_text("")
+        return open_source(root).kind
+
+    assert kind("1", "2") == "model"
+    assert kind("3", folders=("2", "4", "notes")) == "model"  # 4 has not arrived
+    assert kind(folders=("1",)) == "model"
+    assert kind("7/1") == "repository"
+    assert open_source(tmp_path / "r").scan(DEFAULTS).models["7"].versions[0].number == 1
+    assert kind("7/1", folders=("8",)) == "repository"
+    assert kind("7/1", "resnet50/1") == "repository"
+    assert kind("resnet50/1", folders=("2024",)) == "repository"
+    assert kind("7/1", ".arriving/1") == "repository"
+    assert kind("1", "resnet50") == "model"  # an artifact beside, which is no version
+    assert kind("7/1", files=("serving.yaml",)) == "model"
+    assert kind("7/x", files=("7/serving.yaml",)) == "repository"
+    for both in (("1", "resnet50/1"), ("1", "2/1")):
+        with pytest.raises(InvalidArtifact, match="'1' is an artifact") as caught:
+            kind(*both)
+        assert caught.value.hint is not None
+        assert "1/1" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("name", "match"),
     [("nothing", "no such file"), ("a.tar", "cannot be served"), ("a model.onnx", "cannot be the name")],
