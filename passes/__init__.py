@@ -86,6 +86,7 @@ PASSES: Mapping[str, type[Pass]] = _Passes(
         "simplify": "Simplify",
         "smooth_quant": "SmoothQuant",
         "strip_metadata": "StripMetadata",
+        "unpack_sequences": "UnpackSequences",
     }
 )
 
@@ -93,6 +94,7 @@ DEFAULT_PIPELINE: tuple[str, ...] = (
     "strip_metadata",  # first: what comes after has less to carry
     "freeze_initializers",  # before anything that looks for constants
     "fold_constants",  # gives the biases, pads, Clip bounds and targets that the rest must read
+    "unpack_sequences",  # no pass follows a tensor through a sequence
     "eliminate_noops",  # brings BatchNormalization and Pad next to the layer that they fuse with
     "fuse_conv_bn",
     "fuse_hard_sigmoid",
