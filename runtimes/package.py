@@ -39,6 +39,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -187,7 +188,7 @@ def choose_variant(
         raise InvalidArtifact(
             f"the artifact has nothing for {words}" if words else "the artifact has no variants",
             where=str(package.root),
-            hint=f"it has: {offered}" if offered else None,
+            hint=_other(package, offered, target) if offered else None,
         )
     refused: list[str] = []
     remedies: list[str] = []
@@ -208,6 +209,14 @@ def choose_variant(
         where=str(package.root),
         hint=f"run: {remedies[0]}" if remedies else f"the artifact has: {offered}",
     )
+
+
+def _other(package: Package, offered: str, target: str | None) -> str:
+    """What to do where an artifact has nothing for what was asked."""
+    if target is None or "recipe.yaml" not in package.files:
+        return f"it has: {offered}"
+    recipe = shlex.quote(str(package.root / "recipe.yaml"))
+    return f"it has: {offered}; for another run: toolchain build {recipe} --target {target} -o FOLDER"
 
 
 def write_receipt(root: str | os.PathLike[str]) -> None:

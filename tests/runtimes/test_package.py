@@ -119,6 +119,11 @@ def raise_flat(call: Callable[[], object]) -> None:
         ({"target": "ort-cpux"}, runtimes.InvalidInput, "no target 'ort-cpux'.*did you mean ort-cpu"),
         ({"target": "Nonsense!"}, runtimes.InvalidInput, "not a target"),
         ({"target": "ort-cpu:1"}, runtimes.InvalidArtifact, "nothing for target 'ort-cpu:1'"),
+        (
+            {"target": "tensorrt"},
+            runtimes.InvalidArtifact,
+            r"toolchain build \S+/recipe.yaml --target tensorrt -o FOLDER",
+        ),
         ({"options": {"spin": True}}, runtimes.InvalidInput, "no option 'spin'.*it has: graph_level"),
         ({"options": {"arena": 1}}, runtimes.InvalidInput, "arena is 1.*true or false"),
         ({"options": 3}, runtimes.InvalidInput, "or a mapping, not a int"),

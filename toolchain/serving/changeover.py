@@ -91,6 +91,8 @@ class Changeover:
         self._beside: set[asyncio.Task[None]] = set()
         self._retiring: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
+        #: why the last version that could not be loaded could not
+        self.failure: Error | None = None
 
     def update(self, found: Found) -> None:
         """Takes what a look at the disk found, and begins what follows from it."""
@@ -355,10 +357,12 @@ class Changeover:
     def _reject(self, entry: Entry, error: Error) -> None:
         where = f" ({error.where})" if error.where else ""
         why = f"{error.what}{where}"
+        self.failure = error
         wait = self.lineup.rejected.failed(entry.key, why, time.monotonic_ns())
         if wait is not None:
             level = logging.WARNING if isinstance(error, Overloaded | Unavailable) else logging.ERROR
-            _log.log(level, "%s gets no requests: %s; tried again in %.0f s", entry, why, wait)
+            hint = f"; next: {error.hint}" if error.hint else ""
+            _log.log(level, "%s gets no requests: %s; tried again in %.0f s%s", entry, why, wait, hint)
         if self.lineup.stable is entry:
             self.lineup.stable = None
         if self.lineup.by_number.get(entry.version.number) is entry:

@@ -122,6 +122,9 @@ def make(
         found = package.read_package(version.path)
         if found.digest != version.digest:
             raise InvalidArtifact("it was replaced while it was being loaded", where=str(version.path))
+        # All files, and not those alone that this machine opens: another one would open others. What was compared
+        # before, by the build or by the last start, is not read again.
+        found.verify()
         picked = _choose(found, options)
         target = picked.target
         asked = dict(picked.session_options if options.session_options is None else options.session_options)
@@ -155,6 +158,8 @@ def make(
 
 
 def _choose(found: package.Package, options: ModelOptions) -> Variant:
+    if options.target is not None:
+        runtimes.backend(Target.parse(options.target).runtime)  # a name that nobody knows is told as that
     picked, _ = package.choose_variant(
         found,
         variant=options.variant,

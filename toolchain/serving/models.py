@@ -181,6 +181,8 @@ class Models:
 
         Raises:
             InvalidArtifact: the source cannot be read.
+            Error: it is one artifact or one file, and cannot be loaded. In a folder of models or versions another may
+                come, so there it is tried again.
         """
         try:
             snapshot = await self._look()
@@ -191,6 +193,11 @@ class Models:
         if self.options.poll_seconds:
             self._tasks.append(asyncio.create_task(self._poll()))
         await self._settled()
+        if self.source.kind in ("artifact", "file"):
+            for found in self._models.values():
+                if found.failure is not None:
+                    await self.stop()
+                    raise found.failure
 
     async def stop(self) -> None:
         """Takes no more requests, answers those that are in, and frees everything."""

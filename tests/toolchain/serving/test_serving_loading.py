@@ -10,7 +10,7 @@ import onnx
 import pytest
 from versions_support import X, model_bytes, scaled, write_artifact
 
-from runtimes import InvalidArtifact, RunFailed
+from runtimes import Error, InvalidArtifact, RunFailed
 from toolchain.serving.loading import describe, make
 from toolchain.serving.options import Batching, ModelOptions, ServerOptions
 from toolchain.serving.repository import Version, open_source
@@ -80,6 +80,29 @@ def test_threads_are_the_servers_where_the_model_says_none(tmp_path: Path, monke
         make(version, options, None, server=server).session.close()
     assert [options.get("intra_op_threads") for options in asked] == [None, 3, 2, 1, 5, 3]
     assert asked[-1]["spinning"] is False
+
+
+def test_a_byte_that_changed_is_found_in_any_file_of_the_artifact(tmp_path: Path) -> None:
+    """Also in one that this machine does not open, and after the files were compared once."""
+    folder = write_artifact(tmp_path / "m", more={"export/model.onnx": b"of no use here" * 100})
+    version = version_of(folder)
+    make(version, OPTIONS, None, server=SERVER).session.close()
+    unused = folder / "export" / "model.onnx"
+    content = bytearray(unused.read_bytes())
+    content[700] ^= 1
+    unused.write_bytes(content)
+    with pytest.raises(InvalidArtifact, match=r"'export/model\.onnx' is not the file that was built"):
+        make(version, OPTIONS, None, server=SERVER)
+
+
+def test_a_target_that_is_not_in_the_artifact_is_told_with_the_way_to_it(tmp_path: Path) -> None:
+    version = version_of(write_artifact(tmp_path / "m", more={"recipe.yaml": b"model: x\n"}))
+    for function in (describe, lambda *args: make(*args, server=SERVER)):
+        with pytest.raises(InvalidArtifact, match="nothing for target 'tensorrt'") as caught:
+            function(version, OPTIONS.model_copy(update={"target": "tensorrt"}), None)
+        assert "m/recipe.yaml --target tensorrt" in str(caught.value.hint)
+        with pytest.raises(Error, match="no target 'tensort'"):
+            function(version, OPTIONS.model_copy(update={"target": "tensort"}), None)
 
 
 def test_what_fails_its_self_test_or_was_replaced_is_refused(tmp_path: Path) -> None:

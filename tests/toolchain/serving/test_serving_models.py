@@ -377,6 +377,22 @@ def test_what_the_runtime_refuses_is_a_serving_error(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_one_artifact_that_cannot_be_loaded_ends_the_start(tmp_path: Path) -> None:
+    """There is nothing else to serve; the error says what to do. In a repository it is tried again, as below."""
+    artifact = write_artifact(tmp_path / "m" / "a" / "1", more={"recipe.yaml": b"model: x\n"})
+
+    async def run() -> None:
+        defaults = ModelOptions(target="tensorrt")
+        with pytest.raises(InvalidArtifact, match="nothing for target 'tensorrt'") as caught:
+            async with serving(artifact, defaults=defaults):
+                pass
+        assert "toolchain build" in str(caught.value.hint)
+        async with serving(tmp_path / "m", defaults=defaults) as models:
+            assert states(models) == {("a", "1"): "UNAVAILABLE"}
+
+    asyncio.run(run())
+
+
 def test_a_model_that_is_broken_at_first_is_served_when_it_is_whole(tmp_path: Path) -> None:
     root = tmp_path / "m"
     folder = write_artifact(root / "a" / "1")

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,14 @@ def write_artifact(
     expected: np.ndarray | None = None,
     feeds: dict[str, np.ndarray] | None = None,
     padding: int = 0,
+    more: Mapping[str, bytes] | None = None,
     **metadata: Any,
 ) -> Path:
     """Writes an artifact of one variant, with a self-test of one case, whole at once: by rename.
 
     Args:
         expected: what the self-test wants; the truth where nothing is said.
+        more: files that nobody opens, by their path.
     """
     hidden = folder.with_name(f".{folder.name}-{os.urandom(4).hex()}")
     (hidden / "v").mkdir(parents=True)
@@ -78,6 +80,9 @@ def write_artifact(
     vectors = {f"inputs/0/{name}": array for name, array in feeds.items()}
     vectors["outputs/0/v/y"] = X * np.float32(factor) if expected is None else expected
     (hidden / "selftest.safetensors").write_bytes(vectors_content(vectors))
+    for name, content in (more or {}).items():
+        (hidden / name).parent.mkdir(parents=True, exist_ok=True)
+        (hidden / name).write_bytes(content)
     files = {
         path.relative_to(hidden).as_posix(): {
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
