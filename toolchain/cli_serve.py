@@ -97,6 +97,9 @@ def serve(
     trust: Annotated[
         bool, typer.Option("--trust", help="load compiled code that was not built on this machine")
     ] = False,
+    shared_memory: Annotated[
+        bool, typer.Option("--shared-memory", help="clients on this machine may leave tensors in /dev/shm")
+    ] = False,
     log_format: Annotated[str, typer.Option(help="json or text")] = "text",
     log_requests: Annotated[str, typer.Option(help="which requests get a line: all, failed, none")] = "failed",
     trace: Annotated[bool, typer.Option("--trace", help="OpenTelemetry traces, also by OTEL_... variables")] = False,
@@ -133,6 +136,7 @@ def serve(
         log_requests=log_requests,
         trace=trace,
         defaults={
+        shared_memory=shared_memory,
             "target": target,
             "batching": {
                 "max_batch_size": max_batch_size,

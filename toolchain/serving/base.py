@@ -7,6 +7,7 @@ Errors, each with the status that it is told by in HTTP and in gRPC::
     ├── Unauthenticated    401  UNAUTHENTICATED      no token, or a wrong one
     ├── PermissionDenied   403  PERMISSION_DENIED    a token that is good, but not for this model
     ├── NotFound           404  NOT_FOUND            no such model, version, task or page
+    ├── AlreadyExists      409  ALREADY_EXISTS       the name is taken
     ├── TooLarge           413  RESOURCE_EXHAUSTED   a request beyond a limit on sizes
     ├── Overloaded         429  RESOURCE_EXHAUSTED   a queue is full, or memory is: come back later
     ├── DeadlineExceeded   504  DEADLINE_EXCEEDED    the request waited longer than it allows
@@ -64,6 +65,13 @@ class NotFound(ServingError):
 
     http = 404
     grpc = "NOT_FOUND"
+
+
+class AlreadyExists(ServingError):
+    """What is to be made is there already."""
+
+    http = 409
+    grpc = "ALREADY_EXISTS"
 
 
 class TooLarge(ServingError):
@@ -136,6 +144,28 @@ class ModelInfo:
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Span:
+    """Where a tensor lies in shared memory: ``byte_size`` bytes from ``offset`` on, of a region that was registered."""
+
+    region: str
+    offset: int
+    byte_size: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shared:
+    """The tensors of a request that lie in shared memory (``shared_memory.py``).
+
+    Attributes:
+        inputs: name, the protocol's name of the dtype, shape, and where it is.
+        outputs: name → where it is to be written.
+    """
+
+    inputs: tuple[tuple[str, str, tuple[int, ...], Span], ...]
+    outputs: Mapping[str, Span]
+
+
 @dataclasses.dataclass(slots=True)
 class Request:
     """One inference that was asked for, decoded and checked against ``ModelInfo`` (``tensors.check``).
@@ -150,6 +180,7 @@ class Request:
         priority: 1 is served first; 0 is the model's default.
         deadline_ns: ``time.monotonic_ns()`` at which an answer is worth nothing any more; None where there is none.
         received_ns: ``time.monotonic_ns()`` when its first byte was handled; queue time is counted from here.
+        shared: tensors that lie in shared memory: ``shared_memory.Regions.infer`` adds them to ``inputs``. None: none.
     """
 
     model: str
@@ -160,6 +191,7 @@ class Request:
     priority: int = 0
     deadline_ns: int | None = None
     received_ns: int = 0
+    shared: Shared | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -172,6 +204,7 @@ class Response:
         id: the request's.
         cached: it came from the result cache.
         queue_ns, compute_ns: how long the request waited, and how long the model ran for it; for logs and traces.
+        written: outputs that were written to shared memory; the answer carries no data of them.
     """
 
     model: str
@@ -181,6 +214,7 @@ class Response:
     cached: bool = False
     queue_ns: int = 0
     compute_ns: int = 0
+    written: frozenset[str] = frozenset()
 
 
 class Served(Protocol):

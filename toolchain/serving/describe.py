@@ -22,13 +22,14 @@ EXTENSIONS = (
 NAME = "onnx-toolchain"
 
 
-def server() -> dict[str, Any]:
-    """Name, version and extensions of this server."""
+def server(*, shared_memory: bool = False) -> dict[str, Any]:
+    """Name, version and extensions of this server; with ``system_shared_memory`` where that is on."""
+    shared = ["system_shared_memory"] if shared_memory else []
     try:
         version = importlib.metadata.version(NAME)
     except importlib.metadata.PackageNotFoundError:
         version = ""
-    return {"name": NAME, "version": version, "extensions": list(EXTENSIONS)}
+    return {"name": NAME, "version": version, "extensions": sorted([*EXTENSIONS, *shared])}
 
 
 def model(served: Hosted, name: str, version: str = "") -> dict[str, Any]:

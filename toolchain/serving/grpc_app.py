@@ -6,6 +6,7 @@ A second copy of the protocol's messages in one process would end it (``duplicat
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,13 +17,14 @@ from google.protobuf import json_format, message_factory
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
-from toolchain.serving import describe, grpc_codec, model_config, wire
+from toolchain.serving import describe, grpc_codec, memory_routes, model_config, wire
 from toolchain.serving.base import Hosted, InvalidRequest, ServingError, Unsupported
 from toolchain.serving.limits import Bytes
 from toolchain.serving.options import ServerOptions
 
 if TYPE_CHECKING:
     from toolchain.serving.auth import Auth
+    from toolchain.serving.shared_memory import Regions
 
 _log = logging.getLogger("toolchain.serving")
 _SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
@@ -31,11 +33,18 @@ _STREAM_WINDOW = 256
 _WHY_NOT = {
     "RepositoryModelLoad": "models are loaded on the admin port, not here",
     "RepositoryModelUnload": "models are unloaded on the admin port, not here",
+    "CudaSharedMemoryStatus": memory_routes.NO_CUDA,
+    "CudaSharedMemoryRegister": memory_routes.NO_CUDA,
 }
 
 
 def make_servicer(
-    served: Hosted, *, options: ServerOptions, auth: Auth | None = None, held: Bytes | None = None
+    served: Hosted,
+    *,
+    options: ServerOptions,
+    auth: Auth | None = None,
+    held: Bytes | None = None,
+    regions: Regions | None = None,
 ) -> Servicer:
     """What answers gRPC; ``add_to`` puts it into a server.
 
@@ -44,20 +53,24 @@ def make_servicer(
         options: limits on sizes; the rest of them is not looked at.
         auth: asked for every call that names a model or lists them; None lets everyone in.
         held: bounds the bytes of all requests that are being handled; None takes the bound of ``options``.
+        regions: of shared memory; None serves none.
     """
-    return Servicer(served, options, auth, held or Bytes(options.max_in_flight_bytes))
+    return Servicer(served, options, auth, held or Bytes(options.max_in_flight_bytes), regions)
 
 
 class Servicer:
     """The calls of the service. Those that are not here are answered with UNIMPLEMENTED and why."""
 
-    def __init__(self, served: Hosted, options: ServerOptions, auth: Auth | None, held: Bytes) -> None:
+    def __init__(
+        self, served: Hosted, options: ServerOptions, auth: Auth | None, held: Bytes, regions: Regions | None
+    ) -> None:
         self._served = served
+        self._regions = regions
         self._held = held
         self._readers: set[asyncio.Task[None]] = set()
         self._auth = auth
         self._cached = options.result_cache.max_bytes > 0
-        self._decoder = grpc_codec.Decoder(max_bytes=options.max_request_bytes)
+        self._decoder = grpc_codec.Decoder(max_bytes=options.max_request_bytes, shared=regions is not None)
         self._encoder = grpc_codec.Encoder()
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -76,6 +89,10 @@ class Servicer:
             "ModelConfig": self._model_config,
             "ModelStatistics": self._model_statistics,
             "RepositoryIndex": self._repository_index,
+            "SystemSharedMemoryStatus": self._memory_status,
+            "SystemSharedMemoryRegister": self._memory_register,
+            "SystemSharedMemoryUnregister": self._memory_unregister,
+            "CudaSharedMemoryUnregister": self._cuda_unregister,
         }
         for method in _SERVICE.methods:
             if method.name not in handlers:
@@ -117,6 +134,8 @@ class Servicer:
         except ServingError:
             describe.count_refused(self._served, info, received_ns)
             raise
+        if request.shared is not None and self._regions is not None:
+            return self._encoder.write(await self._regions.infer(self._served, request, info))
         return self._encoder.write(await self._served.infer(request))
 
     async def _stream(
@@ -170,7 +189,8 @@ class Servicer:
         # Parsed here: what grpc.aio cannot parse it answers with UNKNOWN, and logs with a traceback.
         async def call(message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
-                return answer(_parsed(message, parse), self._token(context))
+                answered = answer(_parsed(message, parse), self._token(context))
+                return await answered if inspect.isawaitable(answered) else answered
             except Exception as error:  # noqa: BLE001 - as in _infer
                 await context.abort(*_explained(error))
 
@@ -197,7 +217,7 @@ class Servicer:
         return service_pb2.ModelReadyResponse(ready=self._served.is_ready(request.name, request.version))
 
     def _server_metadata(self, _: Any, token: str | None) -> Any:
-        return service_pb2.ServerMetadataResponse(**describe.server())
+        return service_pb2.ServerMetadataResponse(**describe.server(shared_memory=self._regions is not None))
 
     def _model_metadata(self, request: Any, token: str | None) -> Any:
         self._allow(request.name, token)
@@ -218,6 +238,37 @@ class Servicer:
         self._allow(None, token)
         entries = describe.index(self._served, ready=request.ready)
         return json_format.ParseDict({"models": entries}, service_pb2.RepositoryIndexResponse())
+
+    def _memory(self, token: str | None) -> Regions:
+        self._allow(None, token)
+        if self._regions is None:
+            raise Unsupported(memory_routes.OFF)
+        return self._regions
+
+    async def _memory_status(self, request: Any, token: str | None) -> Any:
+        found = await asyncio.to_thread(self._memory(token).status, request.name)
+        answer = service_pb2.SystemSharedMemoryStatusResponse()
+        for region in found:
+            answer.regions[region.name].MergeFrom(answer.RegionStatus(**region.as_json()))
+        return answer
+
+    async def _memory_register(self, request: Any, token: str | None) -> Any:
+        known = self._memory(token)
+        await asyncio.to_thread(
+            known.register, request.name, request.key, offset=request.offset, byte_size=request.byte_size
+        )
+        return service_pb2.SystemSharedMemoryRegisterResponse()
+
+    async def _memory_unregister(self, request: Any, token: str | None) -> Any:
+        await asyncio.to_thread(self._memory(token).unregister, request.name)
+        return service_pb2.SystemSharedMemoryUnregisterResponse()
+
+    def _cuda_unregister(self, _: Any, token: str | None) -> Any:
+        # There are none, so nothing is left to do: perf_analyzer asks for it before it registers other memory.
+        if self._regions is None:
+            raise Unsupported(memory_routes.NO_CUDA)
+        self._allow(None, token)
+        return service_pb2.CudaSharedMemoryUnregisterResponse()
 
 
 def _parsed(message: bytes, parse: Callable[[bytes], Any]) -> Any:

@@ -16,8 +16,8 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
-from toolchain.serving import tensors, wire
-from toolchain.serving.base import InvalidRequest, ModelInfo, Request, Response
+from toolchain.serving import shared_memory, tensors, wire
+from toolchain.serving.base import InvalidRequest, ModelInfo, Request, Response, Shared, Span
 
 #: Headers longer than this are not remembered, and no more of them than this.
 _REMEMBERED_BYTES, _REMEMBERED = 4096, 256
@@ -64,13 +64,15 @@ class Message:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Header:
-    """What a header says, checked against ``info``. ``array`` is None for inputs whose data is raw."""
+    """What a header says, checked against ``info``. ``array`` is None for inputs whose data is raw; those in shared
+    memory are in ``shared`` alone."""
 
     info: ModelInfo
     inputs: tuple[tuple[str, str, tuple[int, ...], np.ndarray | None], ...]
     outputs: tuple[str, ...]
     priority: int
     timeout_ns: int | None
+    shared: Shared | None = None
 
 
 def split(message: bytes) -> Message:
@@ -122,10 +124,12 @@ class Decoder:
 
     Args:
         max_bytes: of all inputs of one request together.
+        shared: tensors may lie in shared memory.
     """
 
-    def __init__(self, *, max_bytes: int) -> None:
+    def __init__(self, *, max_bytes: int, shared: bool = False) -> None:
         self._max_bytes = max_bytes
+        self._shared = shared
         self._known: dict[tuple[str, str, bytes], _Header] = {}
 
     def read(self, message: Message, info: ModelInfo, *, received_ns: int, deadline_ns: int | None) -> Request:
@@ -143,7 +147,7 @@ class Decoder:
         key = (info.name, info.version, message.header)
         header = self._known.get(key)
         if header is None or header.info is not info:
-            header = _parsed(message.header, info, self._max_bytes)
+            header = _parsed(message.header, info, self._max_bytes, self._shared)
             plain = all(array is None for _, _, _, array in header.inputs)
             if plain and len(message.header) <= _REMEMBERED_BYTES:
                 if len(self._known) >= _REMEMBERED:
@@ -161,6 +165,7 @@ class Decoder:
             header.priority,
             deadline_ns,
             received_ns,
+            header.shared,
         )
 
 
@@ -176,6 +181,7 @@ class Encoder:
             response.model,
             response.version,
             *[(name, array.dtype, array.shape) for name, array in response.outputs.items()],
+            response.written,
         )
         header = self._known.get(key)
         if header is None:
@@ -186,8 +192,9 @@ class Encoder:
         parts: list[bytes | memoryview] = [header]
         if response.id:
             parts += _field(_ANSWER_ID, response.id.encode())
-        for array in response.outputs.values():
-            parts += _field(_ANSWER_RAW, wire.to_bytes(array))
+        for name, array in response.outputs.items():
+            # Nothing stands for what is in shared memory: Triton's C++ client looks there for every output.
+            parts += _field(_ANSWER_RAW, b"" if name in response.written else wire.to_bytes(array))
         return b"".join(parts)
 
 
@@ -249,7 +256,7 @@ def _answer_header(response: Response) -> bytes:
     return written
 
 
-def _parsed(header: bytes, info: ModelInfo, max_bytes: int) -> _Header:
+def _parsed(header: bytes, info: ModelInfo, max_bytes: int, shared: bool) -> _Header:
     try:
         request = service_pb2.ModelInferRequest.FromString(header)
     except DecodeError:
@@ -259,18 +266,30 @@ def _parsed(header: bytes, info: ModelInfo, max_bytes: int) -> _Header:
     for item in request.inputs:
         if item.name in asked:
             raise InvalidRequest(f"input {item.name!r} is given twice")
-        wire.refuse(_parameters(item.parameters))
+        wire.refuse(_parameters(item.parameters), shared=shared)
         asked[item.name] = (item.datatype, list(item.shape))
     tensors.check(info, asked, max_bytes=max_bytes)
     outputs = tuple(item.name for item in request.outputs)
     tensors.check_outputs(info, outputs)
+    to_memory: dict[str, Span] = {}
     for item in request.outputs:
-        wire.refuse(_parameters(item.parameters))
-    inputs = tuple(
-        (item.name, item.datatype, tuple(item.shape), _typed(item) if item.HasField("contents") else None)
-        for item in request.inputs
-    )
-    return _Header(info, inputs, outputs, priority, timeout_ns)
+        parameters = _parameters(item.parameters)
+        wire.refuse(parameters, shared=shared)
+        if shared and (span := shared_memory.span(f"output {item.name!r}", parameters)) is not None:
+            to_memory[item.name] = span
+    inputs: list[tuple[str, str, tuple[int, ...], np.ndarray | None]] = []
+    in_memory: list[tuple[str, str, tuple[int, ...], Span]] = []
+    for item in request.inputs:
+        spec = (item.name, item.datatype, tuple(item.shape))
+        if shared and (span := shared_memory.span(f"input {item.name!r}", _parameters(item.parameters))) is not None:
+            if item.HasField("contents"):
+                raise InvalidRequest(f"input {item.name!r} lies in shared memory, and has contents", hint="send one")
+            shared_memory.check_input(*spec, span, max_bytes=max_bytes)
+            in_memory.append((*spec, span))
+        else:
+            inputs.append((*spec, _typed(item) if item.HasField("contents") else None))
+    places = Shared(tuple(in_memory), to_memory) if in_memory or to_memory else None
+    return _Header(info, tuple(inputs), outputs, priority, timeout_ns, places)
 
 
 def _parameters(of: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import starlette.exceptions
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from toolchain.serving import describe, http_body, model_config, oip_json, predict, wire
+from toolchain.serving import describe, http_body, memory_routes, model_config, oip_json, predict, wire
 from toolchain.serving.base import (
     Hosted,
     InvalidRequest,
@@ -32,16 +32,16 @@ from toolchain.serving.base import (
     Unavailable,
 )
 from toolchain.serving.http_protocol import CONNECTION, LimitedProtocol
+from toolchain.serving.limits import REFUSAL_SECONDS
 from toolchain.serving.options import ServerOptions
 from toolchain.serving.tasks import Tasks
 
 if TYPE_CHECKING:
     from toolchain.serving.auth import Auth
+    from toolchain.serving.shared_memory import Regions
 
 _log = logging.getLogger("toolchain.serving")
 _JSON = b"application/json"
-#: How long the refusal of a large request is held back.
-REFUSAL_SECONDS = 0.05
 
 
 class Problem(pydantic.BaseModel):
@@ -68,10 +68,11 @@ class _App(fastapi.FastAPI):
 class _Infer:
     """The route of inference, as plain ASGI."""
 
-    def __init__(self, served: Hosted, options: ServerOptions, auth: Auth | None) -> None:
+    def __init__(self, served: Hosted, options: ServerOptions, auth: Auth | None, regions: Regions | None) -> None:
         self._served = served
+        self._regions = regions
         self._max_bytes = options.max_request_bytes
-        self._decoder = oip_json.Decoder(max_bytes=options.max_request_bytes)
+        self._decoder = oip_json.Decoder(max_bytes=options.max_request_bytes, shared=regions is not None)
         self._encoder = oip_json.Encoder()
         self._auth = auth
 
@@ -97,7 +98,10 @@ class _Infer:
                 raise
             if connection is not None:
                 connection.on_left = _cancel_of_this()
-            response = await self._served.infer(request)
+            if request.shared is not None and self._regions is not None:
+                response = await self._regions.infer(self._served, request, info)
+            else:
+                response = await self._served.infer(request)
             if oip_json.is_long(response, binary):
                 answer, header_size = await asyncio.to_thread(self._encoder.write, response, binary)
             else:
@@ -138,7 +142,12 @@ class _Infer:
 
 
 def make_app(
-    served: Hosted, *, options: ServerOptions, auth: Auth | None = None, tasks: Tasks | None = None
+    served: Hosted,
+    *,
+    options: ServerOptions,
+    auth: Auth | None = None,
+    tasks: Tasks | None = None,
+    regions: Regions | None = None,
 ) -> fastapi.FastAPI:
     """The application that answers HTTP.
 
@@ -147,6 +156,7 @@ def make_app(
         options: limits on sizes; the rest of them is not looked at.
         auth: asked for every route that names a model or lists them; None lets everyone in.
         tasks: what is asked for with mode=async; None keeps them to this application.
+        regions: of shared memory; None serves none.
     """
     app = _App(
         title=describe.NAME,
@@ -157,10 +167,11 @@ def make_app(
         docs_url=None,  # page_routes has /docs: FastAPI's own page loads its script from somebody else
         redoc_url=None,
     )
-    app.infer = _Infer(served, options, auth)
-    app.include_router(_health(served))
+    app.infer = _Infer(served, options, auth, regions)
+    app.include_router(_health(served, shared_memory=regions is not None))
     app.include_router(_models(served, options, auth))
     app.include_router(predict.router(served, options=options, auth=auth, tasks=tasks or Tasks()))
+    app.include_router(memory_routes.router(regions, max_bytes=options.max_request_bytes, auth=auth))
     app.add_exception_handler(ServingError, _answer_error)
     app.add_exception_handler(Exception, _answer_error)
     app.add_exception_handler(fastapi.exceptions.RequestValidationError, _answer_error)
@@ -168,7 +179,7 @@ def make_app(
     return app
 
 
-def _health(served: Hosted) -> fastapi.APIRouter:
+def _health(served: Hosted, *, shared_memory: bool) -> fastapi.APIRouter:
     router = fastapi.APIRouter(tags=["Health"])
 
     @router.get("/v2/health/live", summary="Whether the server runs")
@@ -181,7 +192,7 @@ def _health(served: Hosted) -> fastapi.APIRouter:
 
     @router.get("/v2", summary="Name, version and extensions of the server")
     async def metadata() -> Response:
-        return _json(describe.server())
+        return _json(describe.server(shared_memory=shared_memory))
 
     return router
 

@@ -19,6 +19,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
+#: How long the refusal of a request with much data is held back: whoever comes back at once would keep the processor
+#: from those that were let in.
+REFUSAL_SECONDS = 0.05
+
 
 def answer(error: ServingError, *, close: bool = False) -> tuple[Message, Message]:
     """The two messages of an answer that tells an error as the protocol does, ``{"error": ...}``."""

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pydantic_core
 
-from toolchain.serving import tensors, wire
-from toolchain.serving.base import InvalidRequest, ModelInfo, Request, Response, TooLarge
+from toolchain.serving import shared_memory, tensors, wire
+from toolchain.serving.base import InvalidRequest, ModelInfo, Request, Response, Shared, Span, TooLarge
 
 #: Headers longer than this are not remembered, and no more of them than this.
 _REMEMBERED_BYTES, _REMEMBERED = 4096, 256
@@ -32,7 +32,8 @@ _NO_JSON_FORM = ("FP16", "BF16")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Input:
-    """One input as a header has it: ``end`` is where its binary section ends, None where ``array`` is its data."""
+    """One input as a header has it: ``end`` is where its binary section ends, None where ``array`` is its data, or
+    ``span`` is where that lies."""
 
     name: str
     datatype: str
@@ -40,6 +41,7 @@ class _Input:
     start: int
     end: int | None
     array: np.ndarray | None
+    span: Span | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class _Header:
     priority: int
     timeout_ns: int | None
     end: int
+    shared: Shared | None = None
 
 
 class Decoder:
@@ -61,10 +64,12 @@ class Decoder:
 
     Args:
         max_bytes: of all inputs of one request together.
+        shared: tensors may lie in shared memory.
     """
 
-    def __init__(self, *, max_bytes: int) -> None:
+    def __init__(self, *, max_bytes: int, shared: bool = False) -> None:
         self._max_bytes = max_bytes
+        self._shared = shared
         self._known: dict[tuple[str, str, bytes], _Header] = {}
 
     def read(
@@ -81,7 +86,7 @@ class Decoder:
             received_ns: ``time.monotonic_ns()`` when the request came.
 
         Returns:
-            The request, its arrays views of ``body``, and the outputs that are wanted in binary.
+            The request, its arrays views of ``body``, and the outputs that are not wanted as lists of numbers.
 
         Raises:
             InvalidRequest, TooLarge: as ``base`` says.
@@ -100,11 +105,15 @@ class Decoder:
         arrays = {}
         for item in header.inputs:
             array = item.array
+            if item.span is not None:
+                continue
             if array is None:
                 array = wire.from_bytes(item.name, item.datatype, item.shape, data[item.start : item.end])
             arrays[item.name] = array
         deadline = None if header.timeout_ns is None else received_ns + header.timeout_ns
-        request = Request(info.name, version, arrays, header.outputs, header.id, header.priority, deadline, received_ns)
+        request = Request(
+            info.name, version, arrays, header.outputs, header.id, header.priority, deadline, received_ns, header.shared
+        )
         return request, header.binary
 
     def _header(self, body: bytes | memoryview, size: int | None, info: ModelInfo) -> _Header:
@@ -112,16 +121,19 @@ class Decoder:
             raise InvalidRequest(f"Inference-Header-Content-Length is {size}, and the body has {len(body)} bytes")
         text = bytes(body if size is None else body[:size])
         if len(text) > _REMEMBERED_BYTES:
-            return _parsed(text, size is not None, info, self._max_bytes)
+            return self._parsed(text, size is not None, info)
         key = (info.name, info.version, text)
         header = self._known.get(key)
         if header is None or header.info is not info:
-            header = _parsed(text, size is not None, info, self._max_bytes)
+            header = self._parsed(text, size is not None, info)
             if all(item.array is None for item in header.inputs):
                 if len(self._known) >= _REMEMBERED:
                     self._known.clear()
                 self._known[key] = header
         return header
+
+    def _parsed(self, text: bytes, sections: bool, info: ModelInfo) -> _Header:
+        return _parsed(text, sections, info, self._max_bytes, self._shared)
 
 
 def load_json(text: bytes) -> Any:
@@ -159,18 +171,23 @@ class Encoder:
 
         Args:
             response: what the model gave.
-            binary: the outputs to write in binary; the others are lists of numbers, row by row.
+            binary: the outputs to write in binary; the others are lists of numbers, row by row. What was written to
+                shared memory is in neither form.
         """
         if not binary:
             return _with_id(_tree(response, binary), response.id), None
-        data = [wire.to_bytes(array) for name, array in response.outputs.items() if name in binary]
-        if len(data) == len(response.outputs):
+        written = response.written
+        data = [
+            wire.to_bytes(array) for name, array in response.outputs.items() if name in binary and name not in written
+        ]
+        if len(data) + len(written) == len(response.outputs):
             key = (
                 response.model,
                 response.version,
                 *[(name, array.dtype, array.shape) for name, array in response.outputs.items()],
                 # Of strings the shape does not say how long they are.
                 *[len(raw) for raw in data],
+                written,
             )
             text = self._known.get(key)
             if text is None:
@@ -180,14 +197,17 @@ class Encoder:
         else:
             text = _tree(response, binary)
         text = _with_id(text, response.id)
-        return b"".join((text, *data)), len(text)
+        return b"".join((text, *data)), len(text) if data else None
 
 
 def _tree(response: Response, binary: frozenset[str]) -> bytes:
     outputs = []
     for name, array in response.outputs.items():
         output: dict[str, Any] = {"name": name, "datatype": wire.name_of(array.dtype), "shape": array.shape}
-        if name in binary:
+        if name in response.written:
+            # Without parameters: Triton's C++ client expects a binary_data_size where there are any.
+            outputs.append(dump_json(output))
+        elif name in binary:
             output["parameters"] = {"binary_data_size": len(wire.to_bytes(array))}
             outputs.append(dump_json(output))
         else:
@@ -231,7 +251,7 @@ def _raw(info: ModelInfo, size: int, max_bytes: int) -> _Header:
     return _Header(info, (item,), (), frozenset(spec.name for spec in info.outputs), "", 0, None, size)
 
 
-def _parsed(text: bytes, sections: bool, info: ModelInfo, max_bytes: int) -> _Header:
+def _parsed(text: bytes, sections: bool, info: ModelInfo, max_bytes: int, shared: bool) -> _Header:
     tree = load_json(text)
     if not isinstance(tree, dict):
         raise InvalidRequest("the JSON is no object", hint='send {"inputs": [...]}')
@@ -251,16 +271,27 @@ def _parsed(text: bytes, sections: bool, info: ModelInfo, max_bytes: int) -> _He
     items: list[_Input] = []
     for entry in entries:
         datatype, shape = asked[entry["name"]]
-        items.append(_input(entry, datatype, tuple(shape), at, sections))
+        items.append(_input(entry, datatype, tuple(shape), at, sections, max_bytes if shared else None))
         at = items[-1].end if items[-1].end is not None else at
-    outputs, binary = _outputs(tree, parameters, info)
-    return _Header(info, tuple(items), outputs, binary, identifier, priority, timeout_ns, at)
+    outputs, binary, to_memory = _outputs(tree, parameters, info, shared)
+    in_memory = tuple((item.name, item.datatype, item.shape, item.span) for item in items if item.span is not None)
+    places = Shared(in_memory, to_memory) if in_memory or to_memory else None
+    return _Header(info, tuple(items), outputs, binary, identifier, priority, timeout_ns, at, places)
 
 
-def _input(entry: dict[str, Any], datatype: str, shape: tuple[int, ...], at: int, sections: bool) -> _Input:
+def _input(
+    entry: dict[str, Any], datatype: str, shape: tuple[int, ...], at: int, sections: bool, most_shared: int | None
+) -> _Input:
+    """``most_shared``: the bytes that it may have in shared memory; None where it may not be there."""
     name = entry["name"]
     parameters = _object(entry, "parameters", f"input {name!r}")
-    wire.refuse(parameters)
+    wire.refuse(parameters, shared=most_shared is not None)
+    span = None if most_shared is None else shared_memory.span(f"input {name!r}", parameters)
+    if span is not None and most_shared is not None:
+        if "data" in entry or "binary_data_size" in parameters:
+            raise InvalidRequest(f"input {name!r} lies in shared memory, and has data in the request", hint="send one")
+        shared_memory.check_input(name, datatype, shape, span, max_bytes=most_shared)
+        return _Input(name, datatype, shape, at, None, None, span)
     size = parameters.get("binary_data_size")
     if size is None:
         if "data" not in entry:
@@ -287,24 +318,29 @@ def _input(entry: dict[str, Any], datatype: str, shape: tuple[int, ...], at: int
 
 
 def _outputs(
-    tree: dict[str, Any], parameters: Mapping[str, Any], info: ModelInfo
-) -> tuple[tuple[str, ...], frozenset[str]]:
+    tree: dict[str, Any], parameters: Mapping[str, Any], info: ModelInfo, shared: bool
+) -> tuple[tuple[str, ...], frozenset[str], dict[str, Span]]:
+    """The outputs asked for, those that are not wanted as numbers, and where some of these are to be written."""
     default = _flag(parameters, "binary_data_output", False, "the request")
     entries = [_entry(entry, "output") for entry in _list(tree, "outputs")] if tree.get("outputs") is not None else []
     if not entries:
         names = frozenset(spec.name for spec in info.outputs) if default else frozenset()
         _check_json_form(info, (), names)
-        return (), names
+        return (), names, {}
     outputs = tuple(entry["name"] for entry in entries)
     tensors.check_outputs(info, outputs)
     binary = set()
+    spans: dict[str, Span] = {}
     for entry in entries:
         of = _object(entry, "parameters", f"output {entry['name']!r}")
-        wire.refuse(of)
-        if _flag(of, "binary_data", default, f"output {entry['name']!r}"):
+        wire.refuse(of, shared=shared)
+        if shared and (span := shared_memory.span(f"output {entry['name']!r}", of)) is not None:
+            spans[entry["name"]] = span
+            binary.add(entry["name"])
+        elif _flag(of, "binary_data", default, f"output {entry['name']!r}"):
             binary.add(entry["name"])
     _check_json_form(info, outputs, frozenset(binary))
-    return outputs, frozenset(binary)
+    return outputs, frozenset(binary), spans
 
 
 def _check_json_form(info: ModelInfo, outputs: tuple[str, ...], binary: frozenset[str]) -> None:

@@ -146,6 +146,8 @@ class ServerOptions(_Options):
         trust: as ``runtimes.load`` takes it: vouch for compiled code that was not built on this machine.
         log_format: ``json`` for machines, ``text`` for people.
         log_requests: which requests get a line: ``all``, those that ``failed``, or ``none``.
+        shared_memory: clients on this machine may register shared memory, and leave tensors there. Only on a loopback
+            address: whoever may register can have the server read and write what its user may in ``/dev/shm``.
         trace: write OpenTelemetry traces. Also on where the environment says ``OTEL_EXPORTER_OTLP_ENDPOINT`` or
             ``OTEL_TRACES_EXPORTER``.
         defaults: what models are served with that say nothing themselves.
@@ -177,4 +179,5 @@ class ServerOptions(_Options):
     log_format: Literal["json", "text"] = "text"
     log_requests: Literal["all", "failed", "none"] = "failed"
     trace: bool = False
+    shared_memory: bool = False
     defaults: ModelOptions = ModelOptions()

@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from toolchain.serving.limits import App, Bytes, Limits
 from toolchain.serving.logs import Logs, RequestLog
 from toolchain.serving.models import Models
 from toolchain.serving.options import ServerOptions
+from toolchain.serving.shared_memory import MEMORY, Regions
 from toolchain.serving.tasks import Tasks
 from toolchain.serving.tls import Certificate
 
@@ -88,6 +90,13 @@ def check_options(options: ServerOptions) -> None:
     ports = [p for p in (options.http_port, options.grpc_port, options.metrics_port, options.admin_port) if p]
     if len(set(ports)) != len(ports):
         raise CannotServe("two services are to have the same port", hint="0 takes any free one")
+    if options.shared_memory and options.host not in _LOOPBACK:
+        raise CannotServe(
+            f"shared memory is for clients on this machine, and others reach {options.host}", where="--shared-memory",
+            hint="--host 127.0.0.1, or leave it out: who may register memory has the server write into it",
+        )  # fmt: skip
+    if options.shared_memory and not MEMORY.is_dir():
+        raise CannotServe(f"this system keeps no shared memory in {MEMORY}", where="--shared-memory")
 
 
 def bind(host: str, port: int, *, what: str, reuse: bool = False) -> socket.socket:
@@ -219,7 +228,7 @@ class _Grpc:
 
     def __init__(
         self, hosted: Observed, options: ServerOptions, *, auth: Auth | None, observer: Observer, reuse: bool,
-        certificate: Certificate | None, held: Bytes,
+        certificate: Certificate | None, held: Bytes, regions: Regions | None,
     ) -> None:  # fmt: skip
         watched = observer.tracer is not None or observer.log.which == "all"
         self._server = grpc.aio.server(
@@ -227,7 +236,7 @@ class _Grpc:
             maximum_concurrent_rpcs=options.max_in_flight,
             interceptors=[GrpcCalls(observer)] if watched else None,
         )
-        self._servicer = grpc_app.make_servicer(hosted, options=options, auth=auth, held=held)
+        self._servicer = grpc_app.make_servicer(hosted, options=options, auth=auth, held=held, regions=regions)
         self._servicer.add_to(self._server)
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"{host}:{options.grpc_port}"
@@ -329,8 +338,6 @@ async def running(
             return stats.collect(models)
 
         tasks = Tasks(place=place)
-        app = http_app.make_app(observed, options=options, auth=auth if auth.wanted else None, tasks=tasks)
-        page_routes.add_to(app, own if place is None else place.numbers, auth=auth if auth.wanted else None)
         held = Bytes(options.max_in_flight_bytes)
         limits = Limits(
             app, max_request_bytes=options.max_request_bytes, max_in_flight=options.max_in_flight, held=held
@@ -347,6 +354,14 @@ async def running(
                     return admin.as_json({})
                 case _ if where.startswith("/result/"):
                     owner, body = tasks.tell(where.removeprefix("/result/"))
+        regions = None
+        if options.shared_memory:
+            # Of several workers the supervisor has the folder, which goes with it.
+            folder = str(place.folder) if place else stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-"))
+            regions = Regions(Path(folder) / "regions", held)
+        wanted = auth if auth.wanted else None
+        app = http_app.make_app(observed, options=options, auth=wanted, tasks=tasks, regions=regions)
+        page_routes.add_to(app, own if place is None else place.numbers, auth=wanted)
                     return 200, "application/json", json.dumps(owner).encode() + b"\n" + body
             return await administer(method, where)
 
@@ -376,10 +391,10 @@ async def running(
                 listen("admin", options.admin_port, admin.application(administer, auth=admin_auth), "127.0.0.1")
         rpc = None
         if options.grpc_port is not None:
-            wanted = auth if auth.wanted else None
             rpc = _Grpc(
-                observed, options, auth=wanted, observer=observer, reuse=worker, certificate=certificate, held=held
-            )
+                observed, options, auth=wanted, observer=observer, reuse=worker, certificate=certificate, held=held,
+                regions=regions,
+            )  # fmt: skip
             found["gRPC"] = rpc.port
         # A port that workers share is opened when there is something to answer with: others answer meanwhile.
         for each in https:

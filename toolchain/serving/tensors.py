@@ -74,6 +74,11 @@ def check_outputs(info: ModelInfo, asked: Sequence[str]) -> None:
         raise InvalidRequest("an output is asked for twice")
 
 
+def size(datatype: str, shape: Sequence[int]) -> int:
+    """The bytes of a tensor; ``datatype`` is any of the protocol's names but BYTES."""
+    return math.prod(shape) * DTYPES[datatype][1]
+
+
 def _check_shape(spec: TensorSpec, shape: Sequence[int], sizes: dict[str, int]) -> None:
     if len(shape) > MAX_RANK or any(type(size) is not int or not 0 <= size < 1 << 48 for size in shape):
         raise InvalidRequest(f"input {spec.name!r} has the shape {list(shape)[:MAX_RANK]}, which is none")

@@ -25,10 +25,11 @@ _LONGEST_US = 365 * 24 * 3600 * 1_000_000
 _SMALL = 4096
 #: numpy's kinds of dtypes that hold strings.
 _TEXT = "OUST"
-#: Parts of the protocol that carry state between requests, or memory between processes. None of them is served.
+#: Parts of the protocol that carry state between requests, or memory between processes: what is said where they are not
+#: served.
 _REFUSED = {
     "sequence_id": "sequences are not served",
-    "shared_memory_region": "shared memory is not served",
+    "shared_memory_region": "shared memory is not served here; toolchain serve --shared-memory does",
     "classification": "classification in the protocol is not served: POST /predict/<model> gives classes",
 }
 
@@ -176,10 +177,10 @@ def read_parameters(parameters: Mapping[str, Any], *, received_ns: int) -> tuple
     return min(priority, 1 << 31), received_ns + min(timeout, _LONGEST_US) * 1000 if timeout else None
 
 
-def refuse(parameters: Mapping[str, Any]) -> None:
-    """Raises Unsupported for parameters of extensions that are not served."""
+def refuse(parameters: Mapping[str, Any], *, shared: bool = False) -> None:
+    """Raises Unsupported for parameters of extensions that are not served; shared memory is where it is ``shared``."""
     for name, why in _REFUSED.items():
-        if parameters.get(name):
+        if parameters.get(name) and not (shared and name == "shared_memory_region"):
             raise Unsupported(why, where=f"parameter {name!r}")
 
 

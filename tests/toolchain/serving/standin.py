@@ -21,8 +21,10 @@ import uvicorn
 import runtimes
 from toolchain.serving import grpc_app, http_app
 from toolchain.serving.base import DeadlineExceeded, ModelInfo, NotFound, Request, Response
+from toolchain.serving.limits import Bytes
 from toolchain.serving.models import Models
 from toolchain.serving.options import Batching, ModelOptions, ServerOptions
+from toolchain.serving.shared_memory import Regions
 from toolchain.serving.statistics import Statistics
 
 NUMERIC = {
@@ -148,23 +150,30 @@ class Few:
 
 
 @contextlib.contextmanager
-def running(served: Any, options: ServerOptions | None = None, *, auth: Any = None) -> Iterator[tuple[int, int]]:
-    """HTTP and gRPC of ``served`` on free ports of the loopback address, in a thread of their own: (HTTP, gRPC)."""
+def running(
+    served: Any, options: ServerOptions | None = None, *, auth: Any = None, regions: Path | None = None
+) -> Iterator[tuple[int, int]]:
+    """HTTP and gRPC of ``served`` on free ports of the loopback address, in a thread of their own: (HTTP, gRPC).
+
+    ``regions``: the folder of regions in shared memory; None serves none.
+    """
     options = options or ServerOptions()
+    held = Bytes(options.max_in_flight_bytes)
+    known = None if regions is None else Regions(regions, held)
     ports: Future[tuple[int, int, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
     async def serve() -> None:
         stop = asyncio.Event()
         if isinstance(served, Models):
             await served.start()
-        app = http_app.make_app(served, options=options, auth=auth)
+        app = http_app.make_app(served, options=options, auth=auth, regions=known)
         # The protocol is named, or asyncio would leave Nagle's algorithm on: 40 ms a request.
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
         http = asyncio.create_task(server.serve(sockets=[listener]))
         rpc = grpc.aio.server(options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)])
-        grpc_app.make_servicer(served, options=options, auth=auth).add_to(rpc)
+        grpc_app.make_servicer(served, options=options, auth=auth, held=held, regions=known).add_to(rpc)
         port = rpc.add_insecure_port("127.0.0.1:0")
         await rpc.start()
         ports.set_result((listener.getsockname()[1], port, asyncio.get_running_loop(), stop))

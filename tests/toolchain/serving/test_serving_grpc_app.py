@@ -234,7 +234,7 @@ def test_every_other_call_says_that_it_is_not_served(client: triton.InferenceSer
     for call, why in (
         (lambda: client.load_model("double"), "admin port"),
         (lambda: client.unload_model("double"), "admin port"),
-        (client.get_system_shared_memory_status, "SystemSharedMemoryStatus is not served"),
+        (client.get_system_shared_memory_status, "--shared-memory"),
         (client.get_cuda_shared_memory_status, "is not served"),
         (client.get_trace_settings, "is not served"),
         (client.get_log_settings, "is not served"),
