@@ -86,6 +86,10 @@ def serve(
     max_in_flight: Annotated[int, typer.Option(help="requests that are handled at once")] = 4096,
     max_in_flight_size: Annotated[str, typer.Option(metavar="SIZE", help="of all bodies and messages together")] = "1G",
     client_timeout_seconds: Annotated[float, typer.Option(help="that a client may take to send a request")] = 30.0,
+    connection_seconds: Annotated[
+        float | None,
+        typer.Option(help="that a client may keep a connection; 0: for good", show_default="30 with --workers, else 0"),
+    ] = None,
     drain_seconds: Annotated[float, typer.Option(help="that a shutdown waits for what is in flight")] = 30.0,
     tokens: Annotated[
         Path | None, typer.Option(help="a file of bearer tokens, a line each: TOKEN [MODEL ...]", show_default=False)
@@ -125,6 +129,7 @@ def serve(
         max_in_flight=max_in_flight,
         max_in_flight_bytes=_size(max_in_flight_size, "--max-in-flight-size"),
         client_timeout_seconds=client_timeout_seconds,
+        connection_seconds=connection_seconds,
         drain_seconds=drain_seconds,
         tokens=_absolute(tokens),
         admin_tokens=_absolute(admin_tokens),

@@ -138,6 +138,9 @@ class ServerOptions(_Options):
         max_in_flight: requests that are being handled at once, of all models.
         max_in_flight_bytes: and the bytes of their bodies and messages together.
         client_timeout_seconds: the longest that a client may take to send its request.
+        connection_seconds: how long a client may keep a connection; then an answer closes it, or gRPC says to open
+            another, and no request fails of it. 0: for good; None: 30 with several workers, so that clients come to
+            those that were started again, and else for good.
         drain_seconds: how long a shutdown waits for what is in flight.
         tokens: a file of bearer tokens; None asks for none.
         admin_tokens: likewise, for the admin port.
@@ -169,6 +172,7 @@ class ServerOptions(_Options):
     max_in_flight: Positive = 4096
     max_in_flight_bytes: Positive = 1 << 30
     client_timeout_seconds: Annotated[float, pydantic.Field(gt=0)] = 30.0
+    connection_seconds: Annotated[float, pydantic.Field(ge=0)] | None = None
     drain_seconds: Annotated[float, pydantic.Field(ge=0)] = 30.0
     tokens: str | None = None
     admin_tokens: str | None = None

@@ -47,6 +47,9 @@ _log = logging.getLogger("toolchain.serving")
 LAME_DUCK_SECONDS = 0.5
 #: Files that a server has open beside HTTP connections: models that load, logs, sockets of its own, gRPC.
 _OWN_FILES = 256
+#: How long clients may keep connections where several workers share them: they stay with their worker, and one that is
+#: started again gets none before some are renewed. Seconds.
+CONNECTION_SECONDS = 30.0
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -148,6 +151,13 @@ def connection_limit(options: ServerOptions) -> int:
     return max(16, min(wanted, soft - _OWN_FILES))
 
 
+def connection_age(options: ServerOptions) -> float:
+    """How long clients may keep connections, seconds; 0: for good."""
+    if options.connection_seconds is not None:
+        return options.connection_seconds
+    return CONNECTION_SECONDS if options.workers > 1 else 0.0
+
+
 class _Uvicorn(uvicorn.Server):
     """uvicorn without hands on signals: they are the whole server's."""
 
@@ -161,7 +171,7 @@ class HttpServer:
 
     def __init__(
         self, app: App, options: ServerOptions, *, bound: socket.socket | None = None, unix: Path | None = None,
-        certificate: Certificate | None = None, shared: bool = False,
+        certificate: Certificate | None = None, shared: bool = False, max_age: float = 0.0,
     ) -> None:  # fmt: skip
         self._bound = bound
         self.shared = shared
@@ -169,7 +179,9 @@ class HttpServer:
             app,
             uds=None if unix is None else str(unix),
             http=protocol(  # type: ignore[arg-type]  # uvicorn only makes them
-                client_timeout=options.client_timeout_seconds, max_connections=connection_limit(options)
+                client_timeout=options.client_timeout_seconds,
+                max_connections=connection_limit(options),
+                max_age=max_age,
             ),
             ws="none",
             lifespan="off",
@@ -206,8 +218,11 @@ def grpc_options(options: ServerOptions, *, reuse: bool) -> list[tuple[str, Any]
     ``so_reuseport`` is gRPC's default, which lets a second server take half of the first one's connections in silence.
     A client may ping each 10 s, also while nothing is asked: those that keep connections alive do so.
     """
+    age = connection_age(options)
     return [
         ("grpc.so_reuseport", int(reuse)),
+        # What is in flight is answered, however long it takes; gRPC adds or takes a tenth of the age by itself.
+        *([("grpc.max_connection_age_ms", max(int(age * 1000), 1))] if age else []),
         # a tensor and what the protocol puts around it
         ("grpc.max_receive_message_length", options.max_request_bytes + (64 << 10)),
         ("grpc.max_send_message_length", -1),
@@ -378,7 +393,9 @@ async def running(
             stack.callback(bound.close)
             found[what] = bound.getsockname()[1]
             of_tls = certificate if shared else None
-            https.append(HttpServer(app, options, bound=bound, certificate=of_tls, shared=shared and worker))
+            age = connection_age(options) if shared else 0.0
+            made = HttpServer(app, options, bound=bound, certificate=of_tls, shared=shared and worker, max_age=age)
+            https.append(made)
 
         if options.http_port is not None:
             listen("HTTP", options.http_port, HttpCalls(limits, observer), shared=True)
