@@ -14,6 +14,8 @@ small network takes 2. A body of known length from ``LARGE`` on is left in the s
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -65,7 +67,9 @@ class LimitedProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with bounds on headers, on connections, and on the time that a client may take.
 
     ``client_timeout`` holds for sending a request, first byte to last, and for taking an answer that does not fit the
-    socket's buffer. A connection beyond ``max_connections`` is closed at once.
+    socket's buffer. A connection beyond ``max_connections`` is closed at once. One that is older than ``max_age``
+    seconds (0: for good) is closed with its next answer, which says so (``Connection: close``): the client opens
+    another, which may come to another process. A tenth more or less, so that not all are renewed at the same time.
 
     Attributes:
         large: the length of the body that the request under way has and nobody has asked for; 0 where there is none.
@@ -79,6 +83,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     client_timeout: ClassVar[float] = 30.0
     max_connections: ClassVar[int] = 1 << 16
+    max_age: ClassVar[float] = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -93,6 +98,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._in_headers = False
         self._refusal: ServingError | None = None
+        age = self.max_age * random.uniform(0.9, 1.1)
+        self._ends = self.loop.time() + age if age else math.inf
+        self._last = False  # its answer closes the connection
         self._write_timer: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = self.loop.call_later(self.client_timeout, self._too_slow)
         if len(self.connections) > self.max_connections:
@@ -164,6 +172,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self.send_400_response("")
 
     def on_message_begin(self) -> None:
+        if self._last and not self.cycle.response_started:  # it was not the last: the client does not wait for answers
+            self._last, self.cycle.keep_alive = False, True
         super().on_message_begin()
         self.scope["extensions"] = self._extensions
         self._header_bytes = 0
@@ -205,6 +215,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self.large = 0
         super().on_message_complete()
+        # Whole, and the only one: what came and was not read would make the kernel reset the connection.
+        if self.loop.time() >= self._ends and self.cycle.keep_alive and not self.pipeline:
+            self._last = not self.cycle.response_started
+            self.cycle.keep_alive = not self._last
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -271,9 +285,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def protocol(*, client_timeout: float, max_connections: int) -> type[asyncio.BufferedProtocol]:
+def protocol(*, client_timeout: float, max_connections: int, max_age: float = 0.0) -> type[asyncio.BufferedProtocol]:
     """The protocol with these bounds: uvicorn makes one for each connection and hands it nothing of ours."""
-    bounds = {"client_timeout": client_timeout, "max_connections": max_connections}
+    bounds = {"client_timeout": client_timeout, "max_connections": max_connections, "max_age": max_age}
     bounded = type("BoundedProtocol", (LimitedProtocol,), bounds)
 
     class Connection(asyncio.BufferedProtocol):

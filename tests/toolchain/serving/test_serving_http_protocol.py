@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import importlib.util
 import json
 import time
@@ -87,8 +88,8 @@ class App_:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: App, *, timeout: float = 5.0) -> AsyncIterator[int]:
-    made = protocol(client_timeout=timeout, max_connections=100)
+async def serving(app: App, *, timeout: float = 5.0, age: float = 0.0) -> AsyncIterator[int]:
+    made = protocol(client_timeout=timeout, max_connections=100, max_age=age)
     config = uvicorn.Config(
         app, port=0, http=made, ws="none", lifespan="off", log_config=None, access_log=False,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -320,5 +321,65 @@ def test_a_large_inference_is_read_where_it_may_come_in_and_not_where_it_may_not
             writer.write(whole[2000:] + whole)
             assert (await answer(reader))[0] == 200
             writer.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_old_connection_is_closed_by_an_answer_that_says_so(loop: str) -> None:
+    """Not before it is old, not in the middle of a body, and not while another request waits for its answer."""
+
+    async def main() -> None:
+        async with serving(App_(), age=0.3) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(post("/whole0", b"young"))
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert b"connection: close" not in head.lower()
+            await reader.readexactly(1)
+            await asyncio.sleep(0.5)
+            # refused before its body is read: to close now would have the kernel throw the answer away
+            writer.write(post("/refuse", data(LARGE)))
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.split()[1] == b"429"
+            assert b"connection: close" not in head.lower()
+            await reader.readexactly(4)
+            # two at once: the first is not the last
+            writer.write(post("/pieces", b"one") + post("/pieces", b"three"))
+            assert await answer(reader) == (200, b"3")
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.split()[1] == b"200"
+            if b"connection: close" not in head.lower():  # it came as one of several
+                await reader.readexactly(1)
+                writer.write(post("/whole0", data(3 * LARGE)))
+                head = await reader.readuntil(b"\r\n\r\n")
+            assert b"connection: close" in head.lower()
+            rest = await asyncio.wait_for(reader.read(), 5)
+            assert rest in (b"5", b"%d" % (3 * LARGE))
+            writer.close()
+
+    on(loop, main)
+
+
+def test_clients_that_keep_connections_fail_at_nothing_when_those_are_renewed() -> None:
+    """http.client reuses a connection unless the answer closes it, and does not try again."""
+
+    async def main() -> None:
+        app = App_()
+        async with serving(app, age=0.02) as port:
+            opened = 0
+
+            def client(seed: int) -> None:
+                nonlocal opened
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+                for done in range(400):
+                    body = data(2 * LARGE if done % 50 == 7 else 100, seed)
+                    opened += connection.sock is None
+                    connection.request("POST", "/whole0", body)
+                    answer = connection.getresponse()
+                    assert (answer.status, answer.read()) == (200, b"%d" % len(body))
+                connection.close()
+
+            await asyncio.gather(*(asyncio.to_thread(client, seed) for seed in range(4)))
+            assert opened >= 8, "no connection was renewed"
 
     asyncio.run(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from server_support import ADD, ROOT, SLOW, Server, save, served
 
@@ -50,6 +52,70 @@ def test_workers_share_the_work_and_a_dead_one_comes_back(model: Path) -> None:
         assert server.end() == 0
         time.sleep(0.2)
         assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_clients_that_keep_connections_come_to_a_worker_that_was_started_again(model: Path) -> None:
+    """Connections are renewed, and not one request of thousands fails of it."""
+    grpcclient = pytest.importorskip("tritonclient.grpc")
+    body = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [1.0] * 3}]}).encode()
+    opened: list[int] = []
+    wrong: list[object] = []
+
+    with served(model, "--workers", "2", "--connection-seconds", "0.2") as server:
+
+        def over_http(connection: http.client.HTTPConnection) -> None:
+            opened.append(connection.sock is None)
+            connection.request("POST", "/v2/models/add/infer", body)
+            answer = connection.getresponse()
+            content = answer.read()
+            if answer.status != 200 or json.loads(content)["outputs"][0]["data"] != [2.0] * 3:
+                wrong.append(content)
+
+        def http_client() -> None:
+            connection = http.client.HTTPConnection("127.0.0.1", server.port("HTTP"), timeout=60)
+            try:
+                for _ in range(1000):
+                    over_http(connection)
+            except Exception as error:  # noqa: BLE001 - the test looks at it
+                wrong.append(error)
+
+        def grpc_client() -> None:
+            given = grpcclient.InferInput("x", [1, 3], "FP32")
+            given.set_data_from_numpy(np.ones((1, 3), np.float32))
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            client = grpcclient.InferenceServerClient(f"127.0.0.1:{server.port('gRPC')}", channel_args=options)
+            try:
+                for _ in range(1000):
+                    if client.infer("add", [given]).as_numpy("y").tolist() != [[2.0] * 3]:
+                        wrong.append("grpc")
+            except Exception as error:  # noqa: BLE001 - likewise
+                wrong.append(error)
+
+        threads = [threading.Thread(target=target) for target in (http_client, grpc_client) * 2]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert sum(opened) >= 4, "no connection was renewed"
+
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+        server.until(lambda: any("SIGKILL" in line for line in server.err))
+        server.until(lambda: server.metric("toolchain_workers") == 2)
+        kept = http.client.HTTPConnection("127.0.0.1", server.port("HTTP"), timeout=60)
+        seen: set[bool] = set()
+
+        def both() -> bool:
+            """Whether the one that has answered all the time was seen, and the one that is new."""
+            over_http(kept)
+            kept.request("GET", "/v2/models/add/stats")
+            counts = json.loads(kept.getresponse().read())["model_stats"][0]
+            seen.add(counts["inference_stats"]["success"]["count"] > 300)
+            return len(seen) == 2
+
+        server.until(both)
+        assert wrong == []
 
 
 def test_workers_go_when_their_supervisor_is_killed(model: Path) -> None:
