@@ -97,12 +97,12 @@ def serve(
     admin_tokens: Annotated[Path | None, typer.Option(help="likewise, of the admin port", show_default=False)] = None,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM", show_default=False)] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM", show_default=False)] = None,
+    shared_memory: Annotated[
+        bool, typer.Option("--shared-memory", help="clients on this machine may leave tensors in /dev/shm")
+    ] = False,
     target: Annotated[str | None, typer.Option(help="the runtime", show_default="the best here")] = None,
     trust: Annotated[
         bool, typer.Option("--trust", help="load compiled code that was not built on this machine")
-    ] = False,
-    shared_memory: Annotated[
-        bool, typer.Option("--shared-memory", help="clients on this machine may leave tensors in /dev/shm")
     ] = False,
     log_format: Annotated[str, typer.Option(help="json or text")] = "text",
     log_requests: Annotated[str, typer.Option(help="which requests get a line: all, failed, none")] = "failed",
@@ -136,12 +136,12 @@ def serve(
         tls_certificate=_absolute(tls_certificate),
         tls_key=_absolute(tls_key),
         result_cache={"max_bytes": _size(cache_size, "--cache-size"), "max_age_seconds": cache_seconds},
+        shared_memory=shared_memory,
         trust=trust,
         log_format=log_format,
         log_requests=log_requests,
         trace=trace,
         defaults={
-        shared_memory=shared_memory,
             "target": target,
             "batching": {
                 "max_batch_size": max_batch_size,

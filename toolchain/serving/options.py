@@ -146,11 +146,11 @@ class ServerOptions(_Options):
         admin_tokens: likewise, for the admin port.
         tls_certificate, tls_key: PEM files; both or none.
         result_cache: bounds of the result cache.
+        shared_memory: clients on this machine may register shared memory, and leave tensors there. Only on a loopback
+            address: whoever may register can have the server read and write what its user may in ``/dev/shm``.
         trust: as ``runtimes.load`` takes it: vouch for compiled code that was not built on this machine.
         log_format: ``json`` for machines, ``text`` for people.
         log_requests: which requests get a line: ``all``, those that ``failed``, or ``none``.
-        shared_memory: clients on this machine may register shared memory, and leave tensors there. Only on a loopback
-            address: whoever may register can have the server read and write what its user may in ``/dev/shm``.
         trace: write OpenTelemetry traces. Also on where the environment says ``OTEL_EXPORTER_OTLP_ENDPOINT`` or
             ``OTEL_TRACES_EXPORTER``.
         defaults: what models are served with that say nothing themselves.
@@ -179,9 +179,9 @@ class ServerOptions(_Options):
     tls_certificate: str | None = None
     tls_key: str | None = None
     result_cache: ResultCache = ResultCache()
+    shared_memory: bool = False
     trust: bool = False
     log_format: Literal["json", "text"] = "text"
     log_requests: Literal["all", "failed", "none"] = "failed"
     trace: bool = False
-    shared_memory: bool = False
     defaults: ModelOptions = ModelOptions()

@@ -90,9 +90,6 @@ def check_options(options: ServerOptions) -> None:
             f"a request may have {options.max_request_bytes} bytes, and all together {options.max_in_flight_bytes}",
             hint="raise --max-in-flight-size, or lower --max-request-size",
         )
-    ports = [p for p in (options.http_port, options.grpc_port, options.metrics_port, options.admin_port) if p]
-    if len(set(ports)) != len(ports):
-        raise CannotServe("two services are to have the same port", hint="0 takes any free one")
     if options.shared_memory and options.host not in _LOOPBACK:
         raise CannotServe(
             f"shared memory is for clients on this machine, and others reach {options.host}", where="--shared-memory",
@@ -100,6 +97,9 @@ def check_options(options: ServerOptions) -> None:
         )  # fmt: skip
     if options.shared_memory and not MEMORY.is_dir():
         raise CannotServe(f"this system keeps no shared memory in {MEMORY}", where="--shared-memory")
+    ports = [p for p in (options.http_port, options.grpc_port, options.metrics_port, options.admin_port) if p]
+    if len(set(ports)) != len(ports):
+        raise CannotServe("two services are to have the same port", hint="0 takes any free one")
 
 
 def bind(host: str, port: int, *, what: str, reuse: bool = False) -> socket.socket:
@@ -354,6 +354,14 @@ async def running(
 
         tasks = Tasks(place=place)
         held = Bytes(options.max_in_flight_bytes)
+        regions = None
+        if options.shared_memory:
+            # Of several workers the supervisor has the folder, which goes with it.
+            folder = str(place.folder) if place else stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-"))
+            regions = Regions(Path(folder) / "regions", held)
+        wanted = auth if auth.wanted else None
+        app = http_app.make_app(observed, options=options, auth=wanted, tasks=tasks, regions=regions)
+        page_routes.add_to(app, own if place is None else place.numbers, auth=wanted)
         limits = Limits(
             app, max_request_bytes=options.max_request_bytes, max_in_flight=options.max_in_flight, held=held
         )
@@ -369,14 +377,6 @@ async def running(
                     return admin.as_json({})
                 case _ if where.startswith("/result/"):
                     owner, body = tasks.tell(where.removeprefix("/result/"))
-        regions = None
-        if options.shared_memory:
-            # Of several workers the supervisor has the folder, which goes with it.
-            folder = str(place.folder) if place else stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-"))
-            regions = Regions(Path(folder) / "regions", held)
-        wanted = auth if auth.wanted else None
-        app = http_app.make_app(observed, options=options, auth=wanted, tasks=tasks, regions=regions)
-        page_routes.add_to(app, own if place is None else place.numbers, auth=wanted)
                     return 200, "application/json", json.dumps(owner).encode() + b"\n" + body
             return await administer(method, where)
 
