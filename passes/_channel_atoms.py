@@ -21,7 +21,7 @@ class Atoms:
 
     def __init__(self) -> None:
         self._parent = np.arange(1024, dtype=np.int64)
-        self._frozen: list[tuple[npt.NDArray[np.int64], str]] = []
+        self._frozen: list[tuple[npt.NDArray[np.int64], str, bool]] = []
         self.count = 0
 
     def fresh(self, count: int) -> npt.NDArray[np.int64]:
@@ -46,10 +46,10 @@ class Atoms:
             # One root may get several new parents here; the smallest stays, the next turn sees to the others.
             np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
 
-    def freeze(self, labels: Labels, reason: str) -> None:
-        """Keeps the classes of these atoms from being cut."""
+    def freeze(self, labels: Labels, reason: str, *, by_another: bool = False) -> None:
+        """Keeps the classes of these atoms from being cut; ``by_another``: only since something else is not cut."""
         if labels is not None and labels.size:
-            self._frozen.append((labels, reason))
+            self._frozen.append((labels, reason, by_another))
 
     def roots(self, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The one atom that stands for each class, in the shape of ``labels``."""
@@ -65,10 +65,18 @@ class Atoms:
         """For each atom that is a root the index of the first reason why its class is kept, -1 where it may go."""
         none = len(self._frozen)
         first = np.full(self.count, none, dtype=np.int64)
-        for index, (labels, _) in enumerate(self._frozen):
+        for index, (labels, _, _) in enumerate(self._frozen):
             np.minimum.at(first, self.roots(labels), index)
         first[first == none] = -1
         return first
+
+    def kept_themselves(self) -> npt.NDArray[np.bool_]:
+        """For each atom that is a root whether its class would be kept if everything else were cut."""
+        found = np.zeros(self.count, dtype=np.bool_)
+        for labels, _, by_another in self._frozen:
+            if not by_another:
+                found[self.roots(labels)] = True
+        return found
 
     def reason(self, index: int) -> str:
         """The text of a reason, for a person."""

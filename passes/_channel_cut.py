@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from passes import _channel_blocks
-from passes._channel_graph import ChannelGraph, Editor
+from passes._channel_graph import ChannelGraph, Editor, Keep
 from passes._channel_groups import Analysis, analyze
 from passes._graph import constant, set_constant
 from passes.base import PassFailed
@@ -62,7 +62,7 @@ def apply(model: ir.Model, cut: Cut) -> None:
     editor = Editor(model, keep)
     for rewrite in (*graph.rewrites, *graph.shapes):
         rewrite(editor)
-    for value, shape in sizes:
+    for value, shape in sizes.items():
         value.shape = shape
     for block in _channel_blocks.named(model, cut.blocks):
         _channel_blocks.drop(block)
@@ -119,12 +119,10 @@ def _removed(analysis: Analysis, cut: Cut) -> npt.NDArray[np.bool_]:
     return removed
 
 
-def _cut_values(
-    graph: ChannelGraph, keep: object
-) -> tuple[list[tuple[ir.Value, np.ndarray]], list[tuple[ir.Value, ir.Shape]]]:
+def _cut_values(graph: ChannelGraph, keep: Keep) -> tuple[list[tuple[ir.Value, np.ndarray]], dict[ir.Value, ir.Shape]]:
     """The new tensors of constants and the new shapes of what is computed."""
-    assert callable(keep)
-    tensors, sizes = [], []
+    tensors: list[tuple[ir.Value, np.ndarray]] = []
+    sizes: dict[ir.Value, ir.Shape] = {}
     for value, axes in graph.axes.items():
         kept = {axis: keep(labels) for axis, labels in enumerate(axes) if labels is not None}
         kept = {axis: mask for axis, mask in kept.items() if not mask.all()}
@@ -138,5 +136,15 @@ def _cut_values(
             tensors.append((value, np.ascontiguousarray(data)))
         elif value.shape is not None:
             shape = [int(kept[axis].sum()) if axis in kept else size for axis, size in enumerate(value.shape)]
-            sizes.append((value, ir.Shape(shape)))
+            sizes[value] = ir.Shape(shape)
+    for value, merged in graph.merged.items():
+        # A name such as 4*batch would be another size now, which runtimes reuse buffers by.
+        lost = {
+            axis
+            for axis, parts in merged.items()
+            if any(labels is not None and not keep(labels).all() for _, labels in parts)
+        }
+        known = sizes.get(value, value.shape)
+        if lost and known is not None:
+            sizes[value] = ir.Shape([None if axis in lost else size for axis, size in enumerate(known)])
     return tensors, sizes

@@ -26,6 +26,8 @@ from passes.base import label
 
 Role = Literal["out", "in", "bias", "scale", "other"]
 Dim = int | str | None
+#: of a merged axis: its size and its atoms
+Part = tuple[Dim, Labels]
 Keep = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.bool_]]
 
 
@@ -96,7 +98,7 @@ class ChannelGraph:
         largest_first: whether these are counted from the largest, not from the outermost.
         carriers: for a Reshape that splits an axis the new axes to choose from and the atoms; filled in by its rule.
         whole: why an axis of a constant carries no atoms, where it has more than one index.
-        merged: for a Reshape that splits an axis what was merged into it before a Transpose.
+        merged: of a value by axis, for an axis whose size is not a number and that was merged from others: these.
         heads: atoms along which a product of two computed matrices is batched.
     """
 
@@ -114,7 +116,7 @@ class ChannelGraph:
         self.preferred = preferred or {}
         self.largest_first = largest_first
         self.carriers: dict[ir.Node, tuple[list[int], npt.NDArray[np.int64]]] = {}
-        self.merged: dict[ir.Node, list[Labels]] = {}
+        self.merged: dict[ir.Value, dict[int, tuple[Part, ...]]] = {}
         self.heads: list[npt.NDArray[np.int64]] = []
         self.whole: dict[tuple[ir.Value, int], str] = {}
         self._unset: set[tuple[ir.Value, int]] = set()
@@ -175,8 +177,8 @@ class ChannelGraph:
     def join(self, left: Labels, right: Labels, reason: str) -> Labels:
         """One class of each pair of atoms; an axis that is never cut keeps the other whole."""
         if left is None or right is None or len(left) != len(right):
-            self.atoms.freeze(left, reason)
-            self.atoms.freeze(right, reason)
+            self.atoms.freeze(left, reason, by_another=right is None)
+            self.atoms.freeze(right, reason, by_another=left is None)
             return None
         self.atoms.join(left, right)
         return left

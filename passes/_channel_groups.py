@@ -127,7 +127,10 @@ def _lay(model: ir.Model, *, largest_first: bool) -> ChannelGraph:
         ]
         if not kept or max(preferred.values(), default=0) >= _TRIES:
             return graph
-        preferred.update({node: preferred.get(node, 0) + 1 for node in kept})
+        # Queries are kept where keys are: then it is the keys that have to be split in another way.
+        themselves = graph.atoms.kept_themselves()
+        at_fault = [node for node in kept if themselves[graph.atoms.roots(graph.carriers[node][1])].any()]
+        preferred.update({node: preferred.get(node, 0) + 1 for node in at_fault or kept})
 
 
 def _reach(graph: ChannelGraph, frozen: npt.NDArray[np.int64]) -> tuple[float, int]:

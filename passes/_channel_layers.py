@@ -41,7 +41,9 @@ def conv(graph: ChannelGraph, node: ir.Node) -> None:
     if bias is not None:
         result = graph.tie(result, bias, 0, why)
         graph.role(bias, 0, "bias", node)
-    graph.set(node.outputs[0], [None, result, *[None] * (len(axes) - 2)])
+    for labels in axes[2:]:
+        graph.atoms.freeze(labels, f"{label(node)} slides along it")
+    graph.set(node.outputs[0], [axes[0], result, *[None] * (len(axes) - 2)])
 
 
 def _grouped(graph: ChannelGraph, node: ir.Node, groups: int, why: str) -> Labels:
@@ -173,7 +175,9 @@ def batch_norm(graph: ChannelGraph, node: ir.Node) -> None:
 
 
 def instance_norm(graph: ChannelGraph, node: ir.Node) -> None:
-    """Scale and shift for each channel; statistics of each channel alone."""
+    """Scale and shift for each channel; statistics of each channel alone, over space."""
+    for labels in (graph.of(node.inputs[0]) or ())[2:]:
+        graph.atoms.freeze(labels, f"{label(node)} takes statistics over it")
     _per_channel(graph, node, range(1, 3))
 
 

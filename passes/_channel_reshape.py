@@ -3,38 +3,51 @@
 The two shapes are cut into runs of axes with equal products; within a run every element of the old axes is an element
 of the new ones. Where an axis is split, as 768 features into 12 heads of 64, only one of the new axes can be cut, and
 each of its indices stands for all elements under it: that is how whole heads come about.
+
+Where axes are merged of which one has no known size, as batch and heads where attention multiplies matrices of three
+axes, the new axis keeps the old ones as its parts (``ChannelGraph.merged``), until it is split again.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from passes._channel_atoms import Labels
-from passes._channel_graph import ChannelGraph, Dim, Editor
-from passes._graph import attribute_int, attribute_ints, given, integers, is_op, only_use
+from passes._channel_graph import ChannelGraph, Dim, Editor, Part
+from passes._graph import attribute_int, attribute_ints, given, integers, is_op
 from passes.base import label
+
+#: a number and names, to be multiplied
+Size: TypeAlias = tuple[int, tuple[str, ...]]
+_PRODUCT = re.compile(r"(\d+|[A-Za-z_]\w*)(\*(\d+|[A-Za-z_]\w*))*")
 
 
 def reshape(graph: ChannelGraph, node: ir.Node) -> None:
     """Reshape; where the new shape has to be rewritten and cannot be, its channels are kept."""
-    target = integers(given(node, 1))
+    shape = given(node, 1)
     axes = _regrouped(graph, node)
     if axes is None:
         return
-    _bring_back(graph, node, axes)
-    plan = _shape_entries(graph, node, target, axes)
-    if plan is None:
-        why = f"{label(node)}: its new shape is computed, with more than one size that is not known"
-        for labels in axes:
-            graph.atoms.freeze(labels, why)
-        axes = [None] * len(axes)
-    elif any(labels is not None for labels in axes):
-        graph.rewrites.append(functools.partial(_rewrite_shape, node, plan, axes))
-    graph.keep_whole(given(node, 1), f"{label(node)} reads sizes there")
+    merged = graph.merged.get(node.outputs[0], {})
+    if any(labels is not None for labels in axes) or merged:
+        rewrite = _plan_of_shape(graph, node, axes, merged)
+        if rewrite is None:
+            why = f"{label(node)}: its new shape is computed, with more than one size that is not known"
+            for labels in (*axes, *(labels for parts in merged.values() for _, labels in parts)):
+                graph.atoms.freeze(labels, why)
+            axes = [None] * len(axes)
+            graph.merged.pop(node.outputs[0], None)
+        else:
+            graph.rewrites.append(rewrite)
+    graph.keep_whole(shape, f"{label(node)} reads sizes there")
     graph.set(node.outputs[0], axes)
 
 
@@ -74,6 +87,9 @@ def transpose(graph: ChannelGraph, node: ir.Node) -> None:
     if axes is None:
         return graph.opaque(node, f"{label(node)}: its rank is not known")
     order = attribute_ints(node, "perm") or tuple(reversed(range(len(axes))))
+    merged = graph.merged.get(node.inputs[0], {}) if node.inputs[0] is not None else {}
+    if merged:
+        graph.merged[node.outputs[0]] = {at: merged[axis] for at, axis in enumerate(order) if axis in merged}
     graph.set(node.outputs[0], [axes[axis] for axis in order])
 
 
@@ -85,88 +101,78 @@ def _axes_of(node: ir.Node) -> tuple[int, ...] | None:
 def _regrouped(graph: ChannelGraph, node: ir.Node) -> list[Labels] | None:
     """The atoms of the axes after a change of shape; None where all was left whole."""
     x = node.inputs[0]
-    axes, old, new = graph.of(x), graph.dims(x), graph.dims(node.outputs[0])
-    if axes is None or old is None or new is None:
+    axes, sizes, new = graph.of(x), graph.dims(x), graph.dims(node.outputs[0])
+    if x is None or axes is None or sizes is None or new is None:
         graph.opaque(node, f"{label(node)}: its shapes are not known")
         return None
+    # What was merged is several axes again.
+    merged = graph.merged.get(x, {})
+    old = [part for axis, part in enumerate(zip(sizes, axes, strict=True)) for part in merged.get(axis, (part,))]
     result: list[Labels] = [None] * len(new)
-    for before, after in runs(old, new):
-        if all(axes[axis] is None for axis in before):
+    for before, after in runs(tuple(size for size, _ in old), new):
+        parts = [old[axis] for axis in before]
+        if all(labels is None for _, labels in parts):
             continue
-        if len(before) == len(after) == 1:
-            result[after[0]] = axes[before[0]]
-            continue
-        sizes = [[shape[axis] for axis in span] for shape, span in ((old, before), (new, after))]
-        numbers = [[n for n in part if isinstance(n, int)] for part in sizes]
-        if any(len(a) != len(b) for a, b in zip(sizes, numbers, strict=True)) or not after or 0 in numbers[0]:
-            if _comes_back(graph, node, before, after):
-                continue
-            for axis in before:
-                graph.atoms.freeze(axes[axis], f"{label(node)} mixes it with sizes that are not known")
-            continue
-        _spread(graph, node, axes, before, numbers[0], after, numbers[1], result)
+        for axis, made in zip(after, _one_run(graph, node, parts, [new[axis] for axis in after]), strict=True):
+            if len(made) == 1:
+                result[axis] = made[0][1]
+            elif any(labels is not None for _, labels in made):
+                graph.merged.setdefault(node.outputs[0], {})[axis] = made
     return result
 
 
-def _comes_back(graph: ChannelGraph, node: ir.Node, before: range, after: range) -> bool:
-    """Whether axes are merged for a Transpose alone, and split again right behind it.
+def _one_run(graph: ChannelGraph, node: ir.Node, old: list[Part], new: list[Dim]) -> list[tuple[Part, ...]]:
+    """For each new axis of a run what it is made of: one part, or several where some of their sizes are not numbers."""
+    if len(old) == len(new) == 1:
+        return [(old[0],)]
+    numbers = [size for size, _ in old if isinstance(size, int)]
+    wanted = [size for size in new if isinstance(size, int)]
+    if len(numbers) == len(old) and len(wanted) == len(new) > 0 and 0 not in numbers:
+        spread = _spread(graph, node, [labels for _, labels in old], numbers, wanted)
+        return [((size, labels),) for size, labels in zip(new, spread, strict=True)]
+    found = refined(tuple(size for size, _ in old), tuple(new))
+    if found is None:
+        if len(new) == 1:
+            return [tuple(old)]
+        for _, labels in old:
+            graph.atoms.freeze(labels, f"{label(node)} mixes it with sizes that are not known")
+        return [((size, None),) for size in new]
+    parted: list[Part] = []
+    for (size, labels), factors in zip(old, found[0], strict=True):
+        if len(factors) == 1:
+            parted.append((size, labels))
+        elif labels is None:
+            parted.extend((factor, None) for factor in factors)
+        else:
+            each = [factor for factor in factors if isinstance(factor, int)]
+            parted.extend(zip(each, _spread(graph, node, [labels], [len(labels)], each), strict=True))
+    result: list[tuple[Part, ...]] = []
+    rest = iter(parted)
+    for size, factors in zip(new, found[1], strict=True):
+        parts = tuple(next(rest) for _ in factors)
+        each = [factor for factor, _ in parts if isinstance(factor, int)]
+        if len(parts) > 1 and len(each) == len(parts) and any(labels is not None for _, labels in parts):
+            (labels,) = _spread(graph, node, [labels for _, labels in parts], each, [math.prod(each)])
+            parts = ((size, labels),)
+        result.append(parts or ((size, None),))
+    return result
 
-    So the keys of attention are exported: [batch, heads, s, d] to [-1, s, d], transposed, and back to four axes. The
-    batch is not known, so neither is the merged axis, but what was merged comes out again as it went in.
-    """
-    target = integers(given(node, 1))
-    if len(after) != 1 or target is None or target[after[0]] != -1:
-        return False
-    middle = only_use(node.outputs[0])
-    last = None if middle is None or not is_op(middle, "Transpose") else only_use(middle.outputs[0])
-    if middle is None or last is None or not is_op(last, "Reshape"):
-        return False
-    old, rank = graph.dims(node.inputs[0]), graph.rank(node.outputs[0])
-    new = graph.dims(last.outputs[0])
-    if old is None or new is None or rank is None:
-        return False
-    order = attribute_ints(middle, "perm") or tuple(reversed(range(rank)))
-    sizes = [old[axis] for axis in before]
-    mid, parted = graph.dims(node.outputs[0]), integers(given(last, 1))
-    if mid is None or order[0] != after[0] or after[0] != 0 or len(new) != len(sizes) + rank - 1:
-        return False
-    wanted = [*sizes, *(mid[axis] for axis in order[1:])]
-    for axis, (size, expected) in enumerate(zip(new, wanted, strict=True)):
-        # One size may be whatever is left over: with all others as they were it is as it was too.
-        if (size is None or size != expected) and (parted is None or parted[axis] != -1):
-            return False
-    graph.merged[last] = [(graph.axes[node.inputs[0]] if node.inputs[0] else [])[axis] for axis in before]
-    return True
 
-
-def _bring_back(graph: ChannelGraph, node: ir.Node, axes: list[Labels]) -> None:
-    """The atoms of axes that were merged for a Transpose, in front again."""
-    for axis, labels in enumerate(graph.merged.get(node, ())):
-        axes[axis] = labels
-
-
-def _spread(
-    graph: ChannelGraph,
-    node: ir.Node,
-    axes: list[Labels],
-    before: range,
-    old: list[int],
-    after: range,
-    new: list[int],
-    result: list[Labels],
-) -> None:
-    """The atoms of one run, element by element."""
-    cut = [axis for axis in before if axes[axis] is not None]
+def _spread(graph: ChannelGraph, node: ir.Node, axes: list[Labels], old: list[int], new: list[int]) -> list[Labels]:
+    """The atoms of axes of these new sizes, element by element."""
+    result: list[Labels] = [None] * len(new)
+    cut = [axis for axis, labels in enumerate(axes) if labels is not None]
     for axis in cut[1:]:
         graph.atoms.freeze(axes[axis], f"{label(node)} merges it with another axis that can be cut")
+    if not cut:
+        return result
     labels = axes[cut[0]]
     assert labels is not None
-    place = before.index(cut[0])
-    table = np.broadcast_to(labels.reshape([-1 if i == place else 1 for i in range(len(old))]), old).reshape(new)
+    table = np.broadcast_to(labels.reshape([-1 if i == cut[0] else 1 for i in range(len(old))]), old).reshape(new)
     wide = [i for i, size in enumerate(new) if size > 1]
     if len(wide) == 1:
-        result[after[wide[0]]] = table.reshape(-1)
-        return
+        result[wide[0]] = table.reshape(-1)
+        return result
     roots = graph.atoms.roots(table)
     lossless = [i for i in wide if _constant_under(roots, i)]
     # Others are tried where the first turns out to be kept.
@@ -174,9 +180,10 @@ def _spread(
     chosen = order[min(graph.preferred.get(node, 0), len(order) - 1)]
     rows = np.moveaxis(table, chosen, 0).reshape(new[chosen], -1)
     graph.atoms.join(rows[:, :1], rows)
-    result[after[chosen]] = np.ascontiguousarray(rows[:, 0])
+    result[chosen] = np.ascontiguousarray(rows[:, 0])
     if not lossless:
         graph.carriers[node] = (order, np.ascontiguousarray(rows[:, 0]))
+    return result
 
 
 def _constant_under(roots: np.ndarray, axis: int) -> bool:
@@ -223,21 +230,76 @@ def _step(old: tuple[Dim, ...], new: tuple[Dim, ...]) -> tuple[int, int] | None:
     return None if _product(old[:i]) is None else (i, j)
 
 
-def _product(sizes: tuple[Dim, ...]) -> tuple[int, tuple[str, ...]] | None:
-    """A product of numbers and names; None where a size is not known."""
-    if any(size is None for size in sizes):
+def refined(
+    old: tuple[Dim, ...], new: tuple[Dim, ...]
+) -> tuple[tuple[tuple[Dim, ...], ...], tuple[tuple[Dim, ...], ...]] | None:
+    """The factors of each old and each new axis such that both are one sequence of factors; None where there are none.
+
+    [b, 32] to [4*b, 8] is [b], [4, 8] and [b, 4], [8].
+    """
+    left, right = [_product((size,)) for size in old], [_product((size,)) for size in new]
+    if None in left or None in right:
         return None
-    return math.prod(n for n in sizes if isinstance(n, int)), tuple(sorted(n for n in sizes if isinstance(n, str)))
+    sides: list[list[Size]] = [[s for s in side if s is not None] for side in (left, right)]
+    factors: list[list[list[Dim]]] = [[[] for _ in side] for side in sides]
+    at = [0, 0]
+    while at[0] < len(old) or at[1] < len(new):
+        # An axis that is used up, or of size 1, has no more to say.
+        done = next((i for i in (0, 1) if at[i] < len(sides[i]) and sides[i][at[i]] == (1, ())), None)
+        if done is not None:
+            at[done] += 1
+            continue
+        if at[0] == len(old) or at[1] == len(new):
+            return None
+        a, b = sides[0][at[0]], sides[1][at[1]]
+        common = a if _divided(b, a) is not None else b
+        for i, size in enumerate((a, b)):
+            rest = _divided(size, common)
+            if rest is None:
+                return None
+            sides[i][at[i]] = rest
+            factors[i][at[i]].append(_named(common))
+    return tuple(map(tuple, factors[0])), tuple(map(tuple, factors[1]))
 
 
-def _shape_entries(
-    graph: ChannelGraph, node: ir.Node, target: tuple[int, ...] | None, axes: list[Labels]
-) -> list[int] | None:
-    """The new shape as Reshape wants it, sizes of axes that may be cut to be filled in; None if it cannot be told."""
+def _named(size: Size) -> Dim:
+    number, names = size
+    return "*".join([*([str(number)] if number != 1 else []), *names]) if names else number
+
+
+def _divided(size: Size, by: Size) -> Size | None:
+    """One size over another, None where that does not come out even."""
+    names = list(size[1])
+    for name in by[1]:
+        if name not in names:
+            return None
+        names.remove(name)
+    return None if size[0] % by[0] else (size[0] // by[0], tuple(names))
+
+
+def _product(sizes: tuple[Dim, ...]) -> Size | None:
+    """A product of numbers and names (``4*batch`` is both); None where a size is not known, or one is 0."""
+    number, names = 1, []
+    for size in sizes:
+        if size is None or size == 0:
+            return None
+        for factor in (size,) if isinstance(size, int) else size.split("*") if _PRODUCT.fullmatch(size) else (size,):
+            if isinstance(factor, int) or factor.isdigit():
+                number *= int(factor)
+            else:
+                names.append(factor)
+    return number, tuple(sorted(names))
+
+
+def _plan_of_shape(
+    graph: ChannelGraph, node: ir.Node, axes: list[Labels], merged: Mapping[int, Sequence[Part]]
+) -> Callable[[Editor], None] | None:
+    """What rewrites the new shape that a Reshape reads, sizes that may be cut filled in; None if it cannot be told."""
+    shape = given(node, 1)
+    target = integers(shape)
+    inside = {axis: [labels for _, labels in parts if labels is not None] for axis, parts in merged.items()}
     if target is not None:
-        return list(target)
-    if all(labels is None for labels in axes):
-        return []
+        return functools.partial(_rewrite_shape, node, target, axes, inside)
     old, new = graph.dims(node.inputs[0]), graph.dims(node.outputs[0])
     assert old is not None
     assert new is not None
@@ -246,16 +308,34 @@ def _shape_entries(
     for axis, size in enumerate(new):
         if isinstance(size, int) and size > 0:
             entries.append(size)
-        elif copied and size is not None and axis < len(old) and old[axis] == size:
+        elif copied and axis not in inside and size is not None and axis < len(old) and old[axis] == size:
             entries.append(0)
         else:
             entries.append(-1)
-    return entries if entries.count(-1) <= 1 else None
+    if entries.count(-1) <= 1:
+        return functools.partial(_rewrite_shape, node, tuple(entries), axes, inside)
+    if len(inside) > 1 or (inside and _may_be_inferred(shape, len(new))):
+        return None
+    return functools.partial(_rewrite_computed_shape, node, axes, inside)
 
 
-def _rewrite_shape(node: ir.Node, entries: list[int], axes: list[Labels], editor: Editor) -> None:
+def _may_be_inferred(shape: ir.Value | None, rank: int) -> bool:
+    """Whether one of the sizes may be -1 already: not where they are put together from constants and sizes."""
+    producer = None if shape is None else shape.producer()
+    if producer is None or not is_op(producer, "Concat") or len(producer.inputs) != rank:
+        return True
+    return any(min(integers(value) or (0,)) < 0 for value in producer.inputs)
+
+
+def _rewrite_shape(
+    node: ir.Node,
+    entries: tuple[int, ...],
+    axes: list[Labels],
+    inside: Mapping[int, Sequence[npt.NDArray[np.int64]]],
+    editor: Editor,
+) -> None:
     new = list(entries)
-    changed = False
+    changed = any(editor.size(labels) != len(labels) for each in inside.values() for labels in each)
     for axis, labels in enumerate(axes):
         if labels is None:
             continue
@@ -265,3 +345,21 @@ def _rewrite_shape(node: ir.Node, entries: list[int], axes: list[Labels], editor
             new[axis] = size
     if changed:
         editor.set_ints(node, 1, new, "shape")
+
+
+def _rewrite_computed_shape(
+    node: ir.Node, axes: list[Labels], inside: Mapping[int, Sequence[npt.NDArray[np.int64]]], editor: Editor
+) -> None:
+    """Sizes that are cut are put over those that are computed; -1 where a size that is not known lost some."""
+    by = {axis: editor.size(labels) for axis, labels in enumerate(axes) if labels is not None}
+    by = {axis: size for axis, size in by.items() if size != len(axes[axis])}  # type: ignore[arg-type]
+    for axis, each in inside.items():
+        if any(editor.size(labels) != len(labels) for labels in each):
+            by[axis] = -1
+    if not by:
+        return
+    places = range(len(axes))
+    for op_type, vector in (("Mul", [int(i not in by) for i in places]), ("Add", [by.get(i, 0) for i in places])):
+        value = node.inputs[1]
+        assert value is not None
+        editor.adjust(value, op_type, vector, readers=[(node, 1)])

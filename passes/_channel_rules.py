@@ -11,8 +11,8 @@ from passes import _channel_moves as moves
 from passes import _channel_reshape as shapes
 from passes import _channel_sizes as sizes
 from passes._channel_atoms import Labels
-from passes._channel_graph import ChannelGraph
-from passes._graph import attribute_int, attribute_ints, given, integers
+from passes._channel_graph import ChannelGraph, Part
+from passes._graph import attribute_int, attribute_ints, given, integers, is_op
 from passes.base import in_standard_domain, label
 
 Rule = Callable[[ChannelGraph, ir.Node], None]
@@ -155,4 +155,48 @@ def visit(graph: ChannelGraph, node: ir.Node) -> None:
     elif any(attribute.is_ref() for attribute in node.attributes.values()):
         graph.opaque(node, f"{label(node)} has attributes that are not constant")
     else:
+        merged = _merged_along(graph, node)
         rule(graph, node)
+        if merged:
+            graph.merged[node.outputs[0]] = merged
+
+
+def _merged_along(graph: ChannelGraph, node: ir.Node) -> dict[int, tuple[Part, ...]]:
+    """What the axes of the output were merged from. Ops other than these, and axes that do not match, keep it whole."""
+    given_ = [value for value in node.inputs if value is not None and value in graph.merged]
+    if not given_ or is_op(node, "Reshape", "Transpose"):
+        return {}
+    result: dict[int, tuple[Part, ...]] = {}
+    follows = node.op_type in (*_UNARY, *_BINARY, "MatMul", "Softmax")
+    sizes = [graph.dims(value) for value in node.inputs if value is not None]
+    rank = max((len(each) for each in sizes if each is not None), default=0)
+    last = -1 if node.op_type == "Softmax" and attribute_int(node, "axis", -1) in (-1, rank - 1) else 0
+    stop = 2 if node.op_type == "MatMul" else -last
+    for back in range(rank, 0, -1):
+        wide = [
+            graph.merged.get(value, {}).get(len(each) - back)
+            for value, each in zip((v for v in node.inputs if v is not None), sizes, strict=True)
+            if each is not None and len(each) >= back and each[-back] != 1
+        ]
+        if all(parts is None for parts in wide):
+            continue
+        first = next(parts for parts in wide if parts is not None)
+        like = all(parts is not None and [n for n, _ in parts] == [n for n, _ in first] for parts in wide)
+        if follows and like and None not in sizes and back > stop and None not in [n for n, _ in first]:
+            columns = [[parts[i][1] for parts in wide if parts is not None] for i in range(len(first))]
+            joined = [_all_joined(graph, node, column) for column in columns]
+            result[rank - back] = tuple((n, labels) for (n, _), labels in zip(first, joined, strict=True))
+            if node.op_type == "MatMul":
+                graph.heads.extend(labels for labels in joined if labels is not None)
+            continue
+        for parts in wide:
+            for _, labels in parts or ():
+                graph.atoms.freeze(labels, f"{label(node)} reads it merged with others")
+    return result
+
+
+def _all_joined(graph: ChannelGraph, node: ir.Node, column: list[Labels]) -> Labels:
+    labels = column[0]
+    for other in column[1:]:
+        labels = graph.join(labels, other, f"{label(node)} joins it with something that is not cut")
+    return labels

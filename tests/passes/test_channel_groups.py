@@ -12,7 +12,7 @@ from prune_support import graph, parameters, prove, shapes, weight
 from passes._channel_atoms import Atoms
 from passes._channel_cut import Cut, apply, masked
 from passes._channel_groups import analyze, find_groups
-from passes._channel_reshape import runs
+from passes._channel_reshape import refined, runs
 from passes.base import PassFailed
 from toolchain.metrics import tensor_error
 
@@ -271,6 +271,15 @@ ROWS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         "ot = Transpose <perm = [0, 2, 1, 3]> (o) j = Reshape (ot, joined) y = MatMul (j, wo)",
         {"wq": (6, 6), "wk2": (6, 3), "wo": (6, 6)},
     ),
+    "keys and values from one matrix": (
+        "q = MatMul (x, wq) q4 = Reshape (q, heads) qt = Transpose <perm = [0, 2, 1, 3]> (q4) "
+        "m = MatMul (x, wkv) r = Reshape (m, kv_shape) t = Transpose <perm = [2, 0, 1, 3]> (r) "
+        "k = Gather <axis = 0> (t, n0) v = Gather <axis = 0> (t, n1) k4 = Reshape (k, heads) v4 = Reshape (v, heads) "
+        "kt = Transpose <perm = [0, 2, 3, 1]> (k4) vt = Transpose <perm = [0, 2, 1, 3]> (v4) "
+        "s = MatMul (qt, kt) p = Softmax (s) o = MatMul (p, vt) ot = Transpose <perm = [0, 2, 1, 3]> (o) "
+        "j = Reshape (ot, joined) y = MatMul (j, wo)",
+        {"wq": (6, 6), "wkv": (6, 12), "wo": (6, 6)},
+    ),
     "the hidden width of a transformer stays": (
         "n = LayerNormalization (x, ln, lnb) a = MatMul (n, g1) b = Relu (a) c = MatMul (b, wo) r = Add (x, c) "
         "y = LayerNormalization (r, ln, lnb)",
@@ -283,10 +292,15 @@ CONSTANTS |= {
         "merged": [-1, 5, 3],
         "parted": [-1, 4, 3, 5],
         "heads2": [0, 0, 2, 3],
+        "kv_shape": [0, 0, 2, 12],
+        "first": [5, -1, 12],
+        "five": [5],
+        "three": [3],
+        "four1": [4],
         "twice": [1, 1, 2, 1, 1],
         "four": [0, 4, 3, -1],
     }.items()
-} | {"wk2": weight(6, 6, seed=8)}
+} | {"wk2": weight(6, 6, seed=8), "wkv": weight(6, 24)}
 CONSTANTS |= {f"n{i}": np.array(i, np.int64) for i in range(3)}
 
 
@@ -297,6 +311,65 @@ def test_what_is_cut_of_sequences(name: str) -> None:
     assert cut.count
     found = shapes(model)
     assert {key: found[key] for key in expected} == expected
+
+
+HEADS_MERGED = (
+    "tx = Transpose <perm = [1, 0, 2]> (x) s0 = Shape <start = 0, end = 1> (x) h = Mul (s0, four1) "
+    "to = Concat <axis = 0> (five, h, three) q = MatMul (tx, wq) k = MatMul (tx, wk) v = MatMul (tx, wv) "
+    "q3 = Reshape (q, to) k3 = Reshape (k, to) v3 = Reshape (v, to) qt = Transpose <perm = [1, 0, 2]> (q3) "
+    "kt = Transpose <perm = [1, 2, 0]> (k3) vt = Transpose <perm = [1, 0, 2]> (v3) s = MatMul (qt, kt) "
+    "c = Mul (s, third) p = Softmax (c) o = MatMul (p, vt) ot = Transpose <perm = [1, 0, 2]> (o) "
+    "j = Reshape (ot, first) y = MatMul (j, wo)"
+)
+
+
+def merged_heads(body: str) -> onnx.ModelProto:
+    """With the sizes that torch's exporter writes, which inference does not find."""
+    proto = graph(body, CONSTANTS, x="N, 5, 6")
+    sizes = {name: [5, "4*N", 3] for name in ("q3", "k3", "v3", "ot")}
+    sizes |= {"qt": ["4*N", 5, 3], "kt": ["4*N", 3, 5], "vt": ["4*N", 5, 3], "o": ["4*N", 5, 3]}
+    sizes |= {name: ["4*N", 5, 5] for name in ("s", "c", "p")}
+    kept = [value for value in proto.graph.value_info if value.name not in sizes]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
+    proto.graph.value_info.extend(onnx.helper.make_tensor_value_info(name, 1, dims) for name, dims in sizes.items())
+    return proto
+
+
+def test_heads_that_are_merged_with_a_batch_of_unknown_size() -> None:
+    """As in torch's multi-head attention, where products are of three axes."""
+    proto = merged_heads(HEADS_MERGED)
+    (group,) = (g for g in find_groups(ir.from_proto(proto)) if g.kind == "heads")
+    assert (group.count, group.width) == (4, 3)
+    model, cut = prove(proto)
+    assert cut.count
+    found = shapes(model)
+    assert [found[name] for name in ("wq", "wk", "wv", "wo")] == [(6, 6)] * 4
+    # The old name would say that it is as large as in the whole graph, and runtimes share buffers by names.
+    q3 = next(n for n in model.graph if n.outputs[0].name == "q3").outputs[0]
+    assert q3.shape is not None
+    assert q3.shape[1] != "4*N"
+
+
+@pytest.mark.parametrize("op", ["ReduceSum <keepdims = 1> (qt, i0)", "CumSum (qt, n0)", "Concat <axis = 0> (qt, vt)"])
+def test_heads_that_are_merged_stay_where_something_else_reads_them(op: str) -> None:
+    proto = merged_heads(HEADS_MERGED.replace("j = Reshape", f"z = {op} zs = ReduceSum <keepdims = 0> (z) j = Reshape"))
+    assert not [g for g in find_groups(ir.from_proto(proto)) if "wq" in {m.value for m in g.members}]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (("b", 32), ("4*b", 8), ((("b",), (4, 8)), (("b", 4), (8,)))),
+        (("b", 4, 8), ("4*b", 8), ((("b",), (4,), (8,)), (("b", 4), (8,)))),
+        ((6, 1, "b"), (2, "3*b"), (((2, 3), (), ("b",)), ((2,), (3, "b")))),
+        ((32, "b"), ("4*b", 8), None),
+        (("b", None), ("b",), None),
+        ((4, 6), (6, 4), None),
+    ],
+)
+def test_factors_of_axes(old, new, expected) -> None:
+    assert refined(old, new) == expected
 
 
 @pytest.mark.parametrize("flipped", [0, 1])
@@ -322,6 +395,11 @@ WHOLE = {
     "a sum of products of what is computed": (
         f"{FIRST} t = Transpose <perm = [0, 2, 3, 1]> (a) u = Transpose <perm = [0, 2, 1, 3]> (a) y = MatMul (t, u)",
         "no constant",
+    ),
+    "a kernel slides along it": (f"{FIRST} r = Transpose <perm = [0, 2, 1, 3]> (a) y = Conv <{P}> (r, w6)", "slides"),
+    "statistics of an instance": (
+        f"{FIRST} r = Transpose <perm = [0, 2, 1, 3]> (a) y = InstanceNormalization (r, ln, lnb)",
+        "statistics",
     ),
     "one channel alone is taken": ("a = Conv (x, w22) y = Slice (a, i0, i1, i1)", "alone"),
 }
