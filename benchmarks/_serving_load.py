@@ -6,6 +6,9 @@ Bodies are made once, and answers are compared with the expected bytes and not d
 the machine. Closed loop: so many requests are always under way. Open loop: arrivals of a Poisson process of a given
 rate, from a seed; whatever the server does, the next one is sent when its time has come, and latency counts from then
 (Schroeder, Wierman, Harchol-Balter, NSDI 2006; there is no coordinated omission).
+
+With ``shared_memory`` a request names a region that is its own while it is under way, and the input is copied into that
+before each: what a client on the same machine does.
 """
 
 from __future__ import annotations
@@ -13,8 +16,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import mmap
+import os
 import sys
 import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +50,7 @@ class Job:
         models: in place of ``model``: a request in ``every`` goes to one of these, in turn.
         path: of HTTP, with the model's name for ``{}``.
         reuse: requests of one connection of HTTP; 0 is no bound.
+        shared_memory: inputs go through shared memory (``http`` and ``grpc``); answers come as ever.
     """
 
     protocol: str
@@ -62,10 +70,82 @@ class Job:
     every: int = 0
     path: str = "/v2/models/{}/infer"
     reuse: int = 0
+    shared_memory: bool = False
 
     def array(self) -> np.ndarray:
         """The input: float32, the same for the same shape."""
         return np.random.default_rng(7).standard_normal(self.shape, np.float32)
+
+
+class Region:
+    """Shared memory of one request at a time.
+
+    Attributes:
+        name: that it is registered by.
+        bodies: model → the request that names it.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name, self.size = name, size
+        self.bodies: dict[str, bytes] = {}
+        self._path = Path("/dev/shm") / name
+        with self._path.open("xb+") as file:
+            file.truncate(size)
+            self._memory = mmap.mmap(file.fileno(), size)
+
+    def fill(self, data: memoryview) -> None:
+        """Copies an input into it."""
+        self._memory[:] = data
+
+    def close(self) -> None:
+        self._memory.close()
+        self._path.unlink(missing_ok=True)
+
+
+class Pool:
+    """Regions of requests that are under way; a new one is made and registered where none is free.
+
+    Args:
+        data: the input.
+        register, unregister: at the server.
+        body: makes the request to a model that names a region.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        register: Callable[[Region], Awaitable[None]],
+        unregister: Callable[[Region], Awaitable[None]],
+        body: Callable[[str, Region], bytes],
+    ) -> None:
+        self._data = memoryview(job.array().tobytes())
+        self._models = (job.model, *job.models)
+        self._register, self._unregister, self._body = register, unregister, body
+        self._free: list[Region] = []
+        self._all: list[Region] = []
+
+    async def take(self) -> Region:
+        """A region with the input in it."""
+        if self._free:
+            region = self._free.pop()
+        else:
+            region = Region(f"load-{os.getpid()}-{len(self._all)}", len(self._data))
+            self._all.append(region)
+            await self._register(region)
+            region.bodies = {model: self._body(model, region) for model in self._models}
+        region.fill(self._data)
+        return region
+
+    def give(self, region: Region, status: str) -> None:
+        """Takes it back. That of a request which was not answered may still be read: it is not used again."""
+        if status not in (BROKEN, "timeout", "DEADLINE_EXCEEDED"):
+            self._free.append(region)
+
+    async def close(self) -> None:
+        for region in self._all:
+            region.close()
+        for region in self._all:
+            await self._unregister(region)
 
 
 class Http:
@@ -75,10 +155,15 @@ class Http:
         self.job = job
         self.bodies = {model: self._body(model) for model in (job.model, *job.models)}
         self.idle: list[_Connection] = []
+        self.pool = Pool(job, self._register, self._unregister, self._body) if job.shared_memory else None
 
-    def _body(self, model: str) -> bytes:
+    def _body(self, model: str, region: Region | None = None) -> bytes:
         job, array = self.job, self.job.array()
-        spec = {"name": job.input, "datatype": "FP32", "shape": job.shape}
+        spec: dict[str, Any] = {"name": job.input, "datatype": "FP32", "shape": job.shape}
+        if region is not None:
+            spec["parameters"] = {"shared_memory_region": region.name, "shared_memory_byte_size": region.size}
+            head = json.dumps({"inputs": [spec], "parameters": {"binary_data_output": True}}).encode()
+            return _post(job.path.format(model), {"Content-Type": "application/json"}, head)
         if job.protocol == "json":
             body = json.dumps({"inputs": [{**spec, "data": array.ravel().tolist()}]}).encode()
             return _post(job.path.format(model), {"Content-Type": "application/json"}, body)
@@ -88,8 +173,25 @@ class Http:
         headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
         return _post(job.path.format(model), headers, head + raw)
 
+    async def _register(self, region: Region) -> None:
+        body = json.dumps({"key": f"/{region.name}", "offset": 0, "byte_size": region.size}).encode()
+        status, said, _ = await self._send(_post(f"/v2/systemsharedmemory/region/{region.name}/register", {}, body))
+        if status != OK:
+            raise SystemExit(f"a region is not registered: {said.decode() or status}")
+
+    async def _unregister(self, region: Region) -> None:
+        await self._send(_post(f"/v2/systemsharedmemory/region/{region.name}/unregister", {}, b""))
+
     async def call(self, model: str) -> tuple[str, bytes, int]:
         """Sends one request; its status, the body of its answer, and the client's port; 0 where none was had."""
+        if self.pool is None:
+            return await self._send(self.bodies[model])
+        region = await self.pool.take()
+        answer = await self._send(region.bodies[model])
+        self.pool.give(region, answer[0])
+        return answer
+
+    async def _send(self, body: bytes) -> tuple[str, bytes, int]:
         connection = None
         while self.idle and connection is None:
             popped = self.idle.pop()
@@ -101,7 +203,7 @@ class Http:
             except OSError:
                 return BROKEN, b"", 0
         done: asyncio.Future[tuple[str, bytes]] = asyncio.get_running_loop().create_future()
-        connection.begin(self.bodies[model], done)
+        connection.begin(body, done)
         try:
             async with asyncio.timeout(self.job.timeout):
                 answer = await done
@@ -116,6 +218,8 @@ class Http:
         return (*answer, connection.port)
 
     async def close(self) -> None:
+        if self.pool is not None:
+            await self.pool.close()
         for connection in self.idle:
             connection.transport.abort()
 
@@ -184,14 +288,10 @@ class Grpc:
         from tritonclient.grpc import service_pb2 as pb
 
         self.job = job
+        self.pb = pb
         self.errors = grpc.aio.AioRpcError
-        self.bodies: dict[str, bytes] = {}
-        array = job.array()
-        for model in (job.model, *job.models):
-            request = pb.ModelInferRequest(model_name=model)
-            request.inputs.add(name=job.input, datatype="FP32", shape=job.shape)
-            request.raw_input_contents.append(array.tobytes())
-            self.bodies[model] = request.SerializeToString()
+        self.bodies = {model: self._body(model) for model in (job.model, *job.models)}
+        self.pool = Pool(job, self._register, self._unregister, self._body) if job.shared_memory else None
         unlimited = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
         self.channels = [
             grpc.aio.insecure_channel(f"127.0.0.1:{job.port}", options=unlimited) for _ in range(job.channels)
@@ -199,11 +299,46 @@ class Grpc:
         self.methods = [channel.unary_unary("/inference.GRPCInferenceService/ModelInfer") for channel in self.channels]
         self.turn = 0
 
+    def _body(self, model: str, region: Region | None = None) -> bytes:
+        request = self.pb.ModelInferRequest(model_name=model)
+        spec = request.inputs.add(name=self.job.input, datatype="FP32", shape=self.job.shape)
+        if region is None:
+            request.raw_input_contents.append(self.job.array().tobytes())
+        else:
+            spec.parameters["shared_memory_region"].string_param = region.name
+            spec.parameters["shared_memory_byte_size"].int64_param = region.size
+        body: bytes = request.SerializeToString()
+        return body
+
+    async def _register(self, region: Region) -> None:
+        message = self.pb.SystemSharedMemoryRegisterRequest(
+            name=region.name, key=f"/{region.name}", byte_size=region.size
+        )
+        await self._ask("Register", message.SerializeToString())
+
+    async def _unregister(self, region: Region) -> None:
+        await self._ask("Unregister", self.pb.SystemSharedMemoryUnregisterRequest(name=region.name).SerializeToString())
+
+    async def _ask(self, what: str, message: bytes) -> None:
+        method = self.channels[0].unary_unary(f"/inference.GRPCInferenceService/SystemSharedMemory{what}")
+        try:
+            await method(message, timeout=self.job.timeout)
+        except self.errors as error:
+            raise SystemExit(f"SystemSharedMemory{what}: {error.details()}") from None
+
     async def call(self, model: str) -> tuple[str, bytes, int]:
         """Sends one request; its status, its answer, and 0 for a port that is not known."""
+        if self.pool is None:
+            return await self._send(self.bodies[model])
+        region = await self.pool.take()
+        answer = await self._send(region.bodies[model])
+        self.pool.give(region, answer[0])
+        return answer
+
+    async def _send(self, body: bytes) -> tuple[str, bytes, int]:
         self.turn += 1
         try:
-            answer = await self.methods[self.turn % len(self.methods)](self.bodies[model], timeout=self.job.timeout)
+            answer = await self.methods[self.turn % len(self.methods)](body, timeout=self.job.timeout)
             return OK, answer, 0
         except self.errors as error:
             code = error.code().name
@@ -215,6 +350,8 @@ class Grpc:
             return code, b"", 0
 
     async def close(self) -> None:
+        if self.pool is not None:
+            await self.pool.close()
         for channel in self.channels:
             await channel.close()
 
@@ -235,6 +372,13 @@ class Log:
 async def run(job: Job) -> Log:
     """Does what the job says."""
     client = Grpc(job) if job.protocol == "grpc" else Http(job)
+    try:
+        return await _run(job, client)
+    finally:
+        await client.close()
+
+
+async def _run(job: Job, client: Grpc | Http) -> Log:
     log = Log()
     expected = bytes.fromhex(job.expected)
     if not expected:
@@ -284,7 +428,6 @@ async def run(job: Job) -> Log:
     if job.warmup:
         await loop(job.warmup, None)
     await loop(job.seconds, log)
-    await client.close()
     return log
 
 

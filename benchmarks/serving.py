@@ -1,7 +1,7 @@
 """What serving costs, and what it holds: overhead against bare servers and peers, and batching under load.
 
     python benchmarks/serving.py overhead [--rounds 3] [--seconds 1.5] [--peer mlserver=ENV/bin/python ...]
-    python benchmarks/serving.py batching --artifact artifacts/efficientnet_lite0 [--slo-p99-ms 100]
+    python benchmarks/serving.py batching --artifact artifacts/efficientnet_lite0 [--slo-p99-ms 100] [--shared-memory]
 
 All servers run at the same time on the loopback address and are loaded by the same client in turn, so what the machine
 does besides falls on all. ``overhead`` serves a model of one node. ``batching`` compares with ``Session.run`` of the
@@ -118,14 +118,16 @@ def batching(options: argparse.Namespace) -> dict[str, Any]:
             shutil.copytree(artifact, served / artifact.name / "1")
             (served / artifact.name / "serving.yaml").write_text(options.serving_yaml)
         more = ["--slo-p99-ms", str(slo)] if slo else []
+        more += ["--shared-memory"] if options.shared_memory else []
         server = stack.enter_context(ours(served, job, *more, *options.serve.split()))
         plain = None
+        as_ever = dataclasses.replace(job, shared_memory=False)
         if options.graph:
-            plain = stack.enter_context(bare(options.protocol, options.graph.resolve(), job, threads=0))
+            plain = stack.enter_context(bare(options.protocol, options.graph.resolve(), as_ever, threads=0))
         for _ in range(options.rounds):
             found: dict[str, Any] = {"session": bare_session(artifact, job.shape, options.seconds / 4)}
             if plain is not None:
-                found["plain"] = load(plain, dataclasses.replace(job, concurrency=8)).rate
+                found["plain"] = load(plain, dataclasses.replace(as_ever, concurrency=8)).rate
             found["closed"] = {c: load(server, dataclasses.replace(job, concurrency=c)) for c in options.concurrency}
             rounds.append(found)
         capacity = statistics.median(max(one.rate for one in r["closed"].values()) for r in rounds)
@@ -195,6 +197,7 @@ def model_job(artifact: Path, options: argparse.Namespace) -> Job:
         shape=shape,
         seconds=options.seconds,
         channels=options.channels,
+        shared_memory=options.shared_memory,
     )
 
 
@@ -233,6 +236,7 @@ def main() -> None:
     part.add_argument("--slo-p99-ms", type=float, default=100.0, help="0: none")
     part.add_argument("--protocol", choices=("http", "grpc"), default="http")
     part.add_argument("--channels", type=int, default=4, help="connections of gRPC")
+    part.add_argument("--shared-memory", action="store_true", help="inputs through shared memory")
     part.add_argument("--concurrency", type=int, nargs="+", default=CONCURRENCY)
     part.add_argument("--loads", type=float, nargs="*", default=LOADS)
     part.add_argument("--rounds", type=int, default=2)
