@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import os
 import random
 import struct
+import urllib.parse
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +20,9 @@ from tritonclient.grpc import service_pb2 as pb
 MODEL, MAX_ROWS = "two", 64
 X = np.arange(4, dtype=np.float32).reshape(1, 4)
 K = np.array([[5, -7]], np.int64)
+#: Shared memory of 64 bytes that is registered as a region of that name. With -link, -folder and -pipe behind it there
+#: are such things beside it, with -short a file of 8 bytes.
+REGION = f"toolchain-abuse-{os.getpid()}"
 
 _DTYPES = [
     "BOOL",
@@ -257,6 +262,72 @@ def _state(r: random.Random) -> Mutant:
     return Mutant("parameters of another kind", binary(tree), harmless=True)
 
 
+def _place(r: random.Random) -> dict[str, Any]:
+    """The parameters of a tensor of 16 bytes that lies nowhere."""
+    right: dict[str, Any] = {"region": REGION, "byte_size": 16, "offset": r.choice([0, 16, 48])}
+    which = r.choice(list(right))
+    if r.random() < 0.2 and which != "offset":
+        del right[which]
+    elif which == "region":
+        right[which] = r.choice(["", "nope", "../" + REGION, "/" + REGION, REGION + "\0", "x" * 5000, "🙂"])
+    elif which == "byte_size":
+        right[which] = r.choice([s for s in _SIZES if s < 16] + [2**31, 2**62, 2**63 - 1])
+        if right[which] in (0, 1, 15) and r.random() < 0.5:
+            right["offset"] = r.choice([64, 65, 2**62])
+    else:
+        right[which] = r.choice([-1, 49, 64, 65, 2**31, 2**62, 2**63 - 1])
+    return {f"shared_memory_{name}": value for name, value in right.items()}
+
+
+def _memory(r: random.Random) -> Mutant:
+    tree = header()
+    which = r.choice(["inputs", "outputs"])
+    place = _place(r)
+    if r.random() < 0.2:
+        place[r.choice(list(place))] = r.choice([True, 1.5, [], {}, 10**400, "\ud800", b"1".hex() * 99, -(2**63)])
+    if which == "inputs":
+        tree["inputs"][0]["parameters"] = place
+        return Mutant("shared memory that is not there", binary(tree, K.tobytes()))
+    tree["outputs"][0]["parameters"] = place
+    return Mutant("shared memory that is not there", binary(tree))
+
+
+_KEYS: list[Any] = [
+    "", "/", ".", "..", "/..", "//" + REGION, f"/../shm/{REGION}", "/etc/passwd", "/dev/shm/" + REGION, REGION + "/",
+    REGION + "-link", REGION + "-folder", REGION + "-pipe", REGION + "-short", REGION + "-none", "/sem.x", "x" * 256,
+    "x" * 5000, "a\nb", "a\0b",
+]  # fmt: skip
+
+
+def _registration(r: random.Random) -> tuple[str, dict[str, Any]]:
+    """A name, and what is wrong to be registered by it."""
+    name, said = f"new-{r.randrange(10**9)}", {"key": "/" + REGION, "offset": 0, "byte_size": 64}
+    match r.randrange(4):
+        case 0:
+            name = r.choice([REGION, "x" * 300, "ü" * 150, "a\nb"])
+        case 1:
+            said["key"] = r.choice(_KEYS)
+        case 2:
+            said["offset"] = r.choice([1, 64, 65, 2**31, 2**62, 2**63 - 1, 2**64 - 1])
+        case _:
+            said["byte_size"] = r.choice([0, 65, 2**31, 2**62, 2**63 - 1, 2**64 - 1])
+    return name, said
+
+
+def _register(r: random.Random) -> Mutant:
+    name, said = _registration(r)
+    body = json.dumps(said).encode()
+    if r.random() < 0.4:
+        said[r.choice(list(said))] = r.choice([None, True, -1, 1.5, 10**400, [], {}, "\ud800", "-5"])
+        body = json.dumps(said).encode()
+    elif r.random() < 0.2:
+        body = r.choice([b"", b"[]", b"{", b"null", b"7", body[:-1], r.randbytes(40)])
+    return Mutant(
+        "shared memory that cannot be registered",
+        post(f"/v2/systemsharedmemory/region/{urllib.parse.quote(name)}/register", body),
+    )
+
+
 def _compression(r: random.Random) -> Mutant:
     text = json.dumps(header()).encode() + X.tobytes() + K.tobytes()
     packed = gzip.compress(text) if r.random() < 0.5 else zlib.compress(text)
@@ -393,8 +464,8 @@ def _cut(r: random.Random) -> Mutant:
 
 _HTTP: tuple[Callable[[random.Random], Mutant], ...] = (
     _truncated, _too_much, _lying_size, _shifted_sizes, _lying_header, _dtype, _shape, _matching_shape, _rows_differ,
-    _utf8, _cut_json, _byte, _structure, _again, _unknown, _state, _compression, _random_body, _nested, _numbers, _path,
-    _version, _method, _predict, _http, _cut,
+    _utf8, _cut_json, _byte, _structure, _again, _unknown, _state, _memory, _register, _compression, _random_body,
+    _nested, _numbers, _path, _version, _method, _predict, _http, _cut,
 )  # fmt: skip
 
 
@@ -498,6 +569,28 @@ def _g_parameters(r: random.Random) -> Mutant:
     return Mutant("parameters of another kind", request.SerializeToString(), harmless=True)
 
 
+def _g_memory(r: random.Random) -> Mutant:
+    request = right_grpc()
+    if r.random() < 0.5:
+        where = request.inputs[0]
+        if r.random() < 0.8:
+            del request.raw_input_contents[0]
+    else:
+        where = request.outputs.add(name="y")
+    for name, value in _place(r).items():
+        if isinstance(value, str):
+            where.parameters[name].string_param = value
+        else:
+            where.parameters[name].int64_param = value
+    return Mutant("shared memory that is not there", request.SerializeToString())
+
+
+def _g_register(r: random.Random) -> Mutant:
+    name, said = _registration(r)
+    message = pb.SystemSharedMemoryRegisterRequest(name=name, **said).SerializeToString()
+    return Mutant("shared memory that cannot be registered", message, "SystemSharedMemoryRegister")
+
+
 def _g_bytes(r: random.Random) -> Mutant:
     data = bytearray(right_grpc().SerializeToString())
     match r.randrange(3):
@@ -539,7 +632,7 @@ def _g_huge(r: random.Random) -> Mutant:
 
 _GRPC: tuple[Callable[[random.Random], Mutant], ...] = (
     _g_raw, _g_count, _g_dtype, _g_shape, _g_name, _g_model, _g_typed, _g_parameters, _g_bytes, _g_utf8, _g_method,
-    _g_unknown, _g_huge,
+    _g_unknown, _g_huge, _g_memory, _g_register,
 )  # fmt: skip
 
 

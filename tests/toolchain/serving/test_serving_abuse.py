@@ -6,6 +6,7 @@ Some 1,500 of them by default; ``ABUSE_REQUESTS=20000`` sends so many, ``ABUSE_S
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import random
 import select
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,8 @@ grpc = pytest.importorskip("grpc")
 pb = pytest.importorskip("tritonclient.grpc.service_pb2")
 pytest.importorskip("uvicorn")
 import serving_mutants as mutants  # noqa: E402
+
+from toolchain.serving.shared_memory import MAX_REGIONS, MEMORY  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
 COUNT = int(os.environ.get("ABUSE_REQUESTS", "1500"))
@@ -51,6 +55,8 @@ class Server:
         self.log = folder / "log"
         command = [sys.executable, "-c", _SERVE, "serve", str(model), "--metrics-port", "0"]
         command += ["--http-port", str(self.http), "--grpc-port", str(self.grpc)]
+        if MEMORY.is_dir():
+            command.append("--shared-memory")
         command += ["--client-timeout-seconds", str(CLIENT_SECONDS), "--max-request-size", str(BODY_BYTES)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         with self.log.open("wb") as log:
@@ -127,10 +133,33 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     made = Server(tmp_path_factory.mktemp("abuse"))
-    yield made
-    made.close()
+    with contextlib.ExitStack() as stack:
+        if MEMORY.is_dir():
+            stack.enter_context(_registered(made))
+        yield made
+        made.close()
     assert made.process.returncode == 0
     assert "Traceback" not in made.log.read_text()
+
+
+@contextlib.contextmanager
+def _registered(server: Server) -> Iterator[None]:
+    """The region that requests name, and what they try in place of its memory."""
+    region = MEMORY / mutants.REGION
+    others = {kind: MEMORY / f"{mutants.REGION}-{kind}" for kind in ("short", "link", "folder", "pipe")}
+    try:
+        region.write_bytes(bytes(64))
+        others["short"].write_bytes(bytes(8))
+        others["link"].symlink_to(region)
+        others["folder"].mkdir()
+        os.mkfifo(others["pipe"])
+        message = pb.SystemSharedMemoryRegisterRequest(name=mutants.REGION, key=region.name, byte_size=64)
+        assert server.call("SystemSharedMemoryRegister", message.SerializeToString()) == "OK"
+        yield
+    finally:
+        others.pop("folder").rmdir()
+        for path in (region, *others.values()):
+            path.unlink(missing_ok=True)
 
 
 def _each(server: Server, wrong: list[mutants.Mutant]) -> Iterator[tuple[int, mutants.Mutant]]:
@@ -162,7 +191,7 @@ def test_http(server: Server) -> None:
 
 
 #: What a malformed message may be told. INTERNAL is gRPC's own word for one that is no protobuf.
-_TOLD = {"INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED"}
+_TOLD = {"INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED", "ALREADY_EXISTS"}
 
 
 def test_grpc(server: Server) -> None:
@@ -175,6 +204,50 @@ def test_grpc(server: Server) -> None:
         if not (status in _TOLD or bytes_only or harmless):
             wrong.append((number, mutant.kind, status, mutant.data[:600]))
     assert not wrong, f"seed {SEED}, {len(wrong)} wrong, the first: {wrong[:5]}"
+
+
+@pytest.mark.skipif(not MEMORY.is_dir(), reason="this system has no /dev/shm")
+def test_shared_memory_that_is_cut_short_all_the_time(server: Server) -> None:
+    region, ended = MEMORY / mutants.REGION, threading.Event()
+
+    def cut() -> None:
+        r = random.Random(SEED)
+        while not ended.is_set():
+            os.truncate(region, r.choice([0, 1, 16, 40, 64, 64, 64]))
+
+    request = mutants.right_grpc()
+    del request.raw_input_contents[0]
+    y = request.outputs.add(name="y")
+    for where, offset in ((request.inputs[0], 0), (y, 48)):
+        where.parameters["shared_memory_region"].string_param = mutants.REGION
+        where.parameters["shared_memory_byte_size"].int64_param = 16
+        where.parameters["shared_memory_offset"].int64_param = offset
+    cutting = threading.Thread(target=cut)
+    cutting.start()
+    try:
+        told = {server.call("ModelInfer", request.SerializeToString()) for _ in range(300)}
+    finally:
+        ended.set()
+        cutting.join()
+        os.truncate(region, 64)
+    assert told == {"OK", "INVALID_ARGUMENT"}
+    server.serves()
+
+
+@pytest.mark.skipif(not MEMORY.is_dir(), reason="this system has no /dev/shm")
+def test_a_flood_of_registrations(server: Server) -> None:
+    names = [f"flood-{number}" for number in range(1500)]
+    told: collections.Counter[str] = collections.Counter()
+    try:
+        for name in names:
+            message = pb.SystemSharedMemoryRegisterRequest(name=name, key=mutants.REGION, byte_size=64)
+            told[server.call("SystemSharedMemoryRegister", message.SerializeToString())] += 1
+        assert told == {"OK": MAX_REGIONS - 1, "RESOURCE_EXHAUSTED": len(names) - MAX_REGIONS + 1}
+        server.serves()
+    finally:
+        for name in names[:MAX_REGIONS]:
+            message = pb.SystemSharedMemoryUnregisterRequest(name=name)
+            server.call("SystemSharedMemoryUnregister", message.SerializeToString())
 
 
 def test_what_is_no_http2(server: Server) -> None:
