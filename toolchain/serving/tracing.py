@@ -3,17 +3,23 @@
 An extra (``pip install .[trace]``), and off unless ``--trace`` or OpenTelemetry's own environment asks for it; then
 nothing here is imported. A client's W3C trace context (``traceparent``, ``tracestate``) is taken over, so that the
 request's span hangs in the client's trace. What OpenTelemetry's environment says holds: ``OTEL_SERVICE_NAME``,
-``OTEL_EXPORTER_OTLP_ENDPOINT``, ``OTEL_TRACES_SAMPLER``; ``OTEL_TRACES_EXPORTER=console`` prints spans.
+``OTEL_EXPORTER_OTLP_ENDPOINT``, ``OTEL_EXPORTER_OTLP_PROTOCOL``, ``OTEL_TRACES_SAMPLER`` and the others of
+https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables; ``OTEL_TRACES_EXPORTER=console``
+prints spans.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from runtimes import Error
+
+#: How long a server that ends waits for a collector.
+FLUSH_SECONDS = 5.0
 
 
 class TracingUnavailable(Error):
@@ -25,7 +31,8 @@ def asked(trace: bool) -> bool:
     exporter = os.environ.get("OTEL_TRACES_EXPORTER", "")
     if exporter == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return False
-    return trace or bool(exporter) or bool(os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"))
+    endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    return trace or bool(exporter) or any(os.environ.get(name) for name in endpoints)
 
 
 class Tracer:
@@ -52,7 +59,8 @@ class Tracer:
             ) from error
         name = os.environ.get("OTEL_SERVICE_NAME", "toolchain-serve")
         self._provider = TracerProvider(resource=Resource.create({"service.name": name}), shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter or _exporter()))
+        self._exporter = exporter or _exporter()
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("toolchain.serving")
         self._propagator = TraceContextTextMapPropagator()
         self._within = trace.set_span_in_context
@@ -80,20 +88,43 @@ class Tracer:
 
     def stop(self) -> None:
         """Hands on what is left. Takes as long as the collector does, 5 s at most."""
-        self._provider.force_flush(5_000)
+        # In a thread: OpenTelemetry does not keep to a timeout, and tries a collector that is away for longer.
+        flushing = threading.Thread(target=self._provider.force_flush, daemon=True)
+        flushing.start()
+        flushing.join(FLUSH_SECONDS)
+        if flushing.is_alive():
+            self._exporter.shutdown()  # it gives up what it tries
         self._provider.shutdown()
 
 
 def _exporter() -> Any:
-    if os.environ.get("OTEL_TRACES_EXPORTER") == "console":
+    """The exporter that the environment names. Raises TracingUnavailable."""
+    named = os.environ.get("OTEL_TRACES_EXPORTER") or "otlp"
+    if named == "console":
         from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
         return ConsoleSpanExporter()
+    if named != "otlp":
+        raise TracingUnavailable(
+            f"traces are not written to {named!r}", where="OTEL_TRACES_EXPORTER", hint="otlp, console or none"
+        )
+    variables = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    where = next((name for name in variables if os.environ.get(name)), variables[1])
+    protocol = os.environ.get(where) or "grpc"
     try:
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        if protocol == "grpc":
+            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as OverGrpc
+
+            return OverGrpc()
+        elif protocol == "http/protobuf":
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as OverHttp
+
+            return OverHttp()
     except ImportError as error:
         raise TracingUnavailable(
-            f"sending traces needs a package that is not installed: {error.name}",
+            f"sending traces over {protocol} needs a package that is not installed: {error.name}",
             hint="pip install 'onnx-toolchain[trace]', or OTEL_TRACES_EXPORTER=console to print them",
         ) from error
-    return OTLPSpanExporter()
+    raise TracingUnavailable(
+        f"traces are not sent over {protocol!r}", where=where, hint="grpc (port 4317) or http/protobuf (4318)"
+    )
