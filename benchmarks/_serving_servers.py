@@ -209,6 +209,7 @@ __all__ = [
     "Server",
     "bare",
     "finish",
+    "free_port",
     "load",
     "ours",
     "peer",

@@ -16,12 +16,15 @@ processes over time.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
 import http.client
 import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -29,17 +32,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _serving_servers import BROKEN, ROOT, Load, Server, finish, load, ours, start
+from _serving_bad import BAD, make_bad
+from _serving_servers import BROKEN, ROOT, Job, Load, Server, finish, free_port, load, ours, start
 from serving import model_job, table
 
 sys.path.insert(0, str(ROOT))
 
+#: Of the admin port.
+TOKEN = "soak-0123456789"
 #: How long a new version is on trial, seconds: all requests go to it, and the one before waits in memory.
 TRIAL_SECONDS = 5
+#: What serving.yaml says of new versions, by ``--rollout``.
+ROLLOUTS = {"all": {}, "canary": {"canary": 0.2}, "shadow": {"shadow": True}}
 #: Requests of a connection. One that was kept for good would stay with the worker that was left when another was
 #: killed, and the one that came back would have nothing to do.
 REUSE = 20
-_ESTABLISHED = "01"
+#: A system call of Linux 5.6 that Python has no name for; its number is the same on all architectures.
+_PIDFD_GETFD = 438
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +58,15 @@ class Kill:
 
     Attributes:
         at_ns: ``time.monotonic_ns()`` when it was stopped.
+        gone_ns: when the last of its connections was closed.
         ports: the clients' ends of its connections.
+        queued: how many of them it had not accepted.
     """
 
     at_ns: int
+    gone_ns: int
     ports: frozenset[int]
+    queued: int
 
 
 def processes(root: int) -> list[int]:
@@ -91,38 +105,61 @@ def workers(root: int) -> list[int]:
 def kill(pid: int, port: int) -> Kill:
     """Kills a worker, and says which connections it had to a port, those included that it had not accepted yet.
 
-    Whose an unaccepted one is the kernel does not say: it was the worker's if it went with it.
+    All of its threads are stopped first, so that it accepts and closes nothing any more. Its sockets are then looked at
+    through copies of ours (pidfd_getfd), which tell for whom they are without any doubt. The copy of the one that
+    listens is held beyond the death: what is in its queue then is what the kernel had given to this worker.
     """
     os.kill(pid, signal.SIGSTOP)
     begin = time.monotonic_ns()
-    seen = _connections(port)
-    ports, unaccepted = set(), set(seen.get(0, ()))
+    while not _stopped(pid):
+        time.sleep(0.001)
+    process = os.pidfd_open(pid)
+    ports, listening = set(), []
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        target = os.readlink(link)
-        if target.startswith("socket:["):
-            ports |= seen.get(int(target[8:-1]), set())
+        if not os.readlink(link).startswith("socket:["):
+            continue
+        copy = _copied(process, int(link.name))
+        if copy.family != socket.AF_INET or copy.getsockname()[1] != port:
+            copy.close()
+        elif copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            listening.append(copy)
+        else:
+            with contextlib.suppress(OSError):  # its client left
+                ports.add(copy.getpeername()[1])
+            copy.close()
     os.kill(pid, signal.SIGKILL)
     while Path(f"/proc/{pid}").exists():  # its sockets are closed when its last thread has ended
-        unaccepted |= _connections(port).get(0, set())
         time.sleep(0.002)
-    left = set().union(*_connections(port).values())
-    return Kill(begin, frozenset(ports | (unaccepted - left)))
+    os.close(process)
+    queued = set()
+    for each in listening:
+        each.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, (_, client) = each.accept()
+                queued.add(client)
+                connection.close()
+        each.close()
+    return Kill(begin, time.monotonic_ns(), frozenset(ports | queued), len(queued))
 
 
-def _connections(port: int) -> dict[int, set[int]]:
-    """Of all connections to a port of this machine: inode of the server's end (0: not accepted) → clients' ports."""
-    found: dict[int, set[int]] = {}
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        words = line.split()
-        if words[3] == _ESTABLISHED and int(words[1].partition(":")[2], 16) == port:
-            found.setdefault(int(words[9]), set()).add(int(words[2].partition(":")[2], 16))
-    return found
+def _stopped(pid: int) -> bool:
+    states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()]
+    return all(state in "TZ" for state in states)
 
 
-def repository(folder: Path, artifact: Path, cold: int) -> tuple[str, ...]:
+def _copied(process: int, number: int) -> socket.socket:
+    """A socket of another process, by its number there."""
+    found = _libc.syscall(_PIDFD_GETFD, process, number, 0)
+    if found < 0:
+        raise OSError(ctypes.get_errno(), "pidfd_getfd")
+    return socket.socket(fileno=found)
+
+
+def repository(folder: Path, artifact: Path, cold: int, rollout: dict[str, Any]) -> tuple[str, ...]:
     """Fills the folder; names of the cold models, which are copies of the artifact."""
     shutil.copytree(artifact, folder / artifact.name / "1")
-    (folder / artifact.name / "serving.yaml").write_text(f"rollout: {{trial_seconds: {TRIAL_SECONDS}}}\n")
+    (folder / artifact.name / "serving.yaml").write_text(json.dumps({"rollout": rollout}))
     names = tuple(f"cold{i}" for i in range(cold))
     for name in names:
         shutil.copytree(artifact, folder / name / "1")
@@ -130,13 +167,18 @@ def repository(folder: Path, artifact: Path, cold: int) -> tuple[str, ...]:
     return names
 
 
-def add_version(model: Path, version: int) -> None:
-    """A version arrives by rename, and the one three before it goes."""
+def add_version(artifact: Path, model: Path, version: int, *, bad: str = "", job: Job | None = None) -> None:
+    """A version arrives by rename, and the one four before it goes: the one in service is two before a bad one."""
     arriving = model / f".{version}.arriving"
-    shutil.copytree(model / str(version - 1), arriving)
+    shutil.copytree(artifact, arriving)
+    manifest = json.loads((arriving / "manifest.json").read_text())
+    manifest["description"] = f"version {version}"  # else it would be the same one under another number
+    (arriving / "manifest.json").write_text(json.dumps(manifest))
+    if bad and job is not None:
+        make_bad(arriving, bad, job.array())
     arriving.rename(model / str(version))
-    if version > 3:
-        shutil.rmtree(model / str(version - 3))
+    if version > 4:
+        shutil.rmtree(model / str(version - 4))
 
 
 def served_version(server: Server, model: str) -> str:
@@ -159,7 +201,7 @@ def judged(seen: Load, kills: list[Kill]) -> dict[str, Any]:
         mine = [
             (number, port)
             for number, one in enumerate(kills)
-            if (number, port) in connections and intended + late < one.at_ns + 1e9 and one.at_ns <= intended + latency
+            if (number, port) in connections and intended + late < one.gone_ns + 1e9 and one.at_ns <= intended + latency
         ]
         if status == broken and mine:
             connections.remove(mine[0])  # it excuses one request
@@ -182,13 +224,18 @@ def growth(memory: list[tuple[float, float]], after: float) -> float:
 def soak(options: argparse.Namespace) -> dict[str, Any]:
     """The minutes of load."""
     artifact = options.artifact.resolve()
-    options.seconds, options.protocol, options.channels = 3.0, "http", 1
+    options.seconds, options.protocol, options.channels, options.shared_memory = 3.0, "http", 1, False
     job = model_job(artifact, options)
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "models"
-        cold = repository(folder, artifact, options.cold)
-        more = ["--workers", str(options.workers), *options.serve.split()]
-        with ours(folder, job, *more) as server:
+        rollout = {"trial_seconds": TRIAL_SECONDS, **ROLLOUTS[options.rollout]}
+        cold = repository(folder, artifact, options.cold, rollout)
+        tokens = Path(work) / "tokens"
+        tokens.write_text(TOKEN)
+        tokens.chmod(0o600)
+        admin = free_port()
+        more = ["--workers", str(options.workers), "--admin-port", str(admin), "--admin-tokens", str(tokens)]
+        with ours(folder, job, *more, *options.serve.split()) as server:
             load(server, dataclasses.replace(job, concurrency=32))
             capacity = options.capacity or load(server, dataclasses.replace(job, concurrency=32)).rate
             seconds = options.minutes * 60
@@ -206,7 +253,8 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
             for place in places:
                 place.mkdir()
             clients = [start(server, one, places[0]), start(server, slow, places[1])]
-            kills, version, memory = _disturb(options, server, folder / artifact.name, seconds)
+            log = Switches(admin)
+            kills, version, memory = _disturb(options, server, folder / artifact.name, seconds, job, log)
             seen = [finish(client, j, place) for client, j, place in zip(clients, (one, slow), places, strict=True)]
             last = served_version(server, artifact.name)
     return {
@@ -216,15 +264,42 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
         "versions": version,
         "in service": last,
         "kills": len(kills),
+        "connections of killed workers": sum(len(one.ports) for one in kills),
+        "of those not accepted": sum(one.queued for one in kills),
         "main": [{**judged(seen[0], kills), "p50_ms": seen[0].ms(50), "p99_ms": seen[0].ms(99)}],
         "cold": [{**judged(seen[1], kills), "p50_ms": seen[1].ms(50), "p99_ms": seen[1].ms(99)}],
         "MB a minute, after the first": growth(memory, 60),
         "memory": [{"second": second, "mb": mb} for second, mb in memory],
+        "switches": log.rows(),
     }
 
 
+class Switches:
+    """The log of switches of workers, fetched now and then: what a killed one had is gone."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._seen: dict[str, dict[str, Any]] = {}
+
+    def fetch(self) -> None:
+        """Asks the supervisor, which asks its workers and hands on what one of them says."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
+        try:
+            connection.request("GET", "/switches", headers={"Authorization": f"Bearer {TOKEN}"})
+            for one in json.loads(connection.getresponse().read()):
+                self._seen[json.dumps(one)] = one
+        except (OSError, http.client.HTTPException):
+            pass  # none of them answers now
+        finally:
+            connection.close()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All that were seen, in their order."""
+        return sorted(self._seen.values(), key=lambda one: one["time"])
+
+
 def _disturb(
-    options: argparse.Namespace, server: Server, model: Path, seconds: float
+    options: argparse.Namespace, server: Server, model: Path, seconds: float, job: Job, log: Switches
 ) -> tuple[list[Kill], int, list[tuple[float, float]]]:
     """Until the time is over: new versions, kills, and the memory now and then."""
     pid = server.process.pid
@@ -235,33 +310,36 @@ def _disturb(
     # the last new version has time to come into service in all workers
     while (now := time.monotonic() - begin) < seconds - 3 * TRIAL_SECONDS:
         memory.append((round(now, 1), round(memory_mb(processes(pid)), 1)))
+        log.fetch()
         time.sleep(min(options.every, seconds / 8) / 2)
         turn += 1
         if turn % 2:
             continue
         if turn % 4 == 2:
             version += 1
-            add_version(model, version)
+            bad = options.bad if version % 2 else ""  # 2 is good, 3 is bad
+            add_version(options.artifact.resolve(), model, version, bad=bad, job=job)
         elif options.workers > 1 and (alive := workers(pid)):
             kills.append(kill(alive[turn // 4 % len(alive)], server.ports["http"]))
     memory.append((round(time.monotonic() - begin, 1), round(memory_mb(processes(pid)), 1)))
+    time.sleep(max(0.0, seconds - (time.monotonic() - begin) - 1))
+    log.fetch()
     return kills, version, memory
 
 
 def switches(options: argparse.Namespace) -> dict[str, Any]:
     """One process, so many switches of versions under a little load: the memory after each."""
     artifact = options.artifact.resolve()
-    options.seconds, options.protocol, options.channels = 2.0, "http", 1
+    options.seconds, options.protocol, options.channels, options.shared_memory = 2.0, "http", 1, False
     job = model_job(artifact, options)
     memory = []
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "models"
-        repository(folder, artifact, 0)
-        (folder / artifact.name / "serving.yaml").write_text("rollout: {trial_seconds: 0, trial_requests: 0}\n")
+        repository(folder, artifact, 0, {"trial_seconds": 0, "trial_requests": 0})
         with ours(folder, job, *options.serve.split()) as server:
             load(server, dataclasses.replace(job, concurrency=16))
             for version in range(2, options.switches + 2):
-                add_version(folder / artifact.name, version)
+                add_version(artifact, folder / artifact.name, version)
                 end = time.monotonic() + 60
                 while served_version(server, artifact.name) != str(version):
                     if time.monotonic() > end:
@@ -285,6 +363,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cold", type=int, default=3)
     parser.add_argument("--every", type=float, default=20.0, help="seconds between disturbances")
+    parser.add_argument("--rollout", choices=sorted(ROLLOUTS), default="all", help="how new versions are tried")
+    parser.add_argument("--bad", choices=BAD, default="", help="every second new version fails, or is slow")
     parser.add_argument("--switches", type=int, default=0, help="memory over so many switches, in place of the load")
     parser.add_argument("--serve", default="", help="more options of toolchain serve, in one text")
     options = parser.parse_args()
