@@ -99,6 +99,7 @@ class _Infer:
             if connection is not None:
                 connection.on_left = _cancel_of_this()
             if request.shared is not None and self._regions is not None:
+                memory_routes.refuse_pages(headers)
                 response = await self._regions.infer(self._served, request, info)
             else:
                 response = await self._served.infer(request)

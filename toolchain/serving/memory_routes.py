@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import fastapi
@@ -39,18 +40,20 @@ def router(regions: Regions | None, *, max_bytes: int, auth: Auth | None) -> fas
         auth: asked for every route: any token will do.
     """
 
-    def served(request: fastapi.Request) -> Regions:
+    async def served(request: fastapi.Request) -> Regions:
         if auth is not None:
             auth.check(None, request.headers.get("authorization"))
         if regions is None:
             raise Unsupported(OFF)
-        if request.method == "POST" and "origin" in request.headers:
-            # Any page that somebody looks at here may send this, and needs no answer to it.
-            raise PermissionDenied("a page in a browser has no shared memory", hint="send it without the header Origin")
+        if request.method == "POST":
+            refuse_pages(dict(request.scope["headers"]))
+        if request.path_params.get("name") == "":  # which is not to mean all of them
+            raise InvalidRequest("the region has no name", hint=f"{base}/region/NAME/…")
         return regions
 
     made = fastapi.APIRouter(tags=["Shared memory"])
-    base, one = "/v2/systemsharedmemory", "/v2/systemsharedmemory/region/{name:path}"
+    base = "/v2/systemsharedmemory"
+    one = base + "/region/{name:path}"
     needed = fastapi.Depends(served)
 
     @made.get(base + "/status", summary="All regions that are registered")
@@ -94,6 +97,15 @@ def router(regions: Regions | None, *, max_bytes: int, auth: Auth | None) -> fas
         raise Unsupported(NO_CUDA)
 
     return made
+
+
+def refuse_pages(headers: Mapping[bytes, bytes]) -> None:
+    """Raises PermissionDenied for what comes from a page in a browser.
+
+    Any page that somebody looks at on this machine may send a POST here, and needs no answer to it.
+    """
+    if b"origin" in headers:
+        raise PermissionDenied("a page in a browser has no shared memory", hint="send it without the header Origin")
 
 
 def _json(values: Any) -> Response:

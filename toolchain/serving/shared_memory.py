@@ -84,16 +84,15 @@ class Region:
     device: int
     inode: int
 
-    def open(self, flags: int) -> int:
-        """A descriptor of the memory. Raises InvalidRequest where it is gone."""
-        file = _open(self.key, flags)
-        found = os.fstat(file)
+    def open(self, flags: int) -> tuple[int, int]:
+        """A descriptor of the memory, and how long that is now. Raises InvalidRequest where it is gone."""
+        file, found = _open(self.key, flags)
         if (found.st_dev, found.st_ino) != (self.device, self.inode):
             os.close(file)
             raise InvalidRequest(
                 f"region {self.name!r}: other memory is called {self.key!r} now", hint="unregister it, and register it"
             )
-        return file
+        return file, found.st_size
 
     def as_json(self) -> dict[str, Any]:
         """As the protocol tells of it."""
@@ -164,8 +163,7 @@ class Regions:
         _check_number("byte_size", byte_size)
         if not byte_size:
             raise InvalidRequest(f"region {name!r} has no bytes")
-        file = _open(key, os.O_RDONLY)
-        found = os.fstat(file)
+        file, found = _open(key, os.O_RDONLY)
         os.close(file)
         if offset + byte_size > found.st_size:
             raise InvalidRequest(
@@ -287,8 +285,8 @@ def _check_number(what: str, value: object) -> None:
         raise InvalidRequest(f"{what} is {str(value)[:40]!r}", hint="it is a number of bytes")
 
 
-def _open(key: str, flags: int) -> int:
-    """A descriptor of POSIX shared memory."""
+def _open(key: str, flags: int) -> tuple[int, os.stat_result]:
+    """A descriptor of POSIX shared memory, and what is known of it."""
     name = key.removeprefix("/") if isinstance(key, str) else ""
     if not name.isprintable() or "/" in name or name in ("", ".", "..") or len(name.encode()) > _MAX_KEY_BYTES:
         raise InvalidRequest(f"{str(key)[:40]!r} is no key of shared memory", hint="/NAME, as shm_open takes it")
@@ -302,10 +300,11 @@ def _open(key: str, flags: int) -> int:
             f"the shared memory {key[:80]!r} cannot be opened: {error.strerror}",
             hint="it has to be there, and open to the server's user, as long as it is registered",
         ) from None
-    if not stat.S_ISREG(os.fstat(file).st_mode):
+    found = os.fstat(file)
+    if not stat.S_ISREG(found.st_mode):
         os.close(file)
         raise InvalidRequest(f"the key {key[:80]!r} is not shared memory")
-    return file
+    return file, found
 
 
 def _read_all(shared: Shared, places: list[Region]) -> dict[str, np.ndarray]:
@@ -319,7 +318,7 @@ def _read(region: Region, where: Span) -> memoryview:
     """A tensor's bytes, in memory of our own."""
     data = np.empty(where.byte_size, np.uint8).data
     at, begin = 0, region.offset + where.offset
-    file = region.open(os.O_RDONLY)
+    file, _ = region.open(os.O_RDONLY)
     try:
         while at < len(data):
             count = os.preadv(file, [data[at:]], begin + at)
@@ -346,10 +345,10 @@ def _write_all(response: Response, outputs: Mapping[str, tuple[Region, Span]]) -
 
 def _write(region: Region, where: Span, data: memoryview) -> None:
     at, begin = 0, region.offset + where.offset
-    file = region.open(os.O_WRONLY)
+    file, size = region.open(os.O_WRONLY)
     try:
         # To write behind the end would make the file longer.
-        if os.fstat(file).st_size < begin + len(data):
+        if size < begin + len(data):
             raise InvalidRequest(f"the memory of region {region.name!r} is shorter than it was registered")
         while at < len(data):
             at += os.pwrite(file, data[at:], begin + at)

@@ -536,6 +536,24 @@ def test_pages_in_a_browser_may_not(ports: dict[ModuleType, int], key: str) -> N
             status, _, said = fetch(ports[triton_http], path, body, Origin=origin)
             assert (status, b"browser" in said) == (403, True)
     assert fetch(ports[triton_http], "/v2/systemsharedmemory/status")[2] == b"[]"
+    assert fetch(ports[triton_http], base + "/register", body)[0] == 200
+    x = {"name": "x", "shape": [2, 4], "datatype": "FP32"}
+    here, there = {"data": [0.0] * 8}, {"shared_memory_region": "m", "shared_memory_byte_size": 32}
+    for wanted_there in ({"inputs": [{**x, "parameters": there}]}, {"outputs": [{"name": "y", "parameters": there}]}):
+        asked = json.dumps({"inputs": [{**x, **here}], **wanted_there}).encode()
+        status, _, said = fetch(ports[triton_http], "/v2/models/double/infer", asked, Origin="https://example.com")
+        assert (status, b"browser" in said) == (403, True)
+        assert fetch(ports[triton_http], "/v2/models/double/infer", asked)[0] == 200
+    asked = json.dumps({"inputs": [{**x, **here}]}).encode()
+    assert fetch(ports[triton_http], "/v2/models/double/infer", asked, Origin="https://example.com")[0] == 200
+
+
+def test_no_name_is_not_all_of_them(ports: dict[ModuleType, int], http_client: Any, key: str) -> None:
+    memory(key, bytes(64))
+    http_client.register_system_shared_memory("m", key, 64)
+    for what, body in (("status", None), ("register", b"{}"), ("unregister", b"")):
+        assert fetch(ports[triton_http], f"/v2/systemsharedmemory/region//{what}", body)[0] == 400
+    assert [each["name"] for each in http_client.get_system_shared_memory_status()] == ["m"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1"])
