@@ -30,6 +30,7 @@ from toolchain.serving.lineup import Lineup
 from toolchain.serving.repository import Found, Version
 from toolchain.serving.residency import Entry, Residency, entry_key
 from toolchain.serving.rollout import Trial
+from toolchain.serving.standing import Known, Standing, fingerprint
 from toolchain.serving.statistics import Statistics
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class Changeover:
         residency: loads and evicts.
         statistics: gives the counts of a version, by its number.
         on_switch: is told of every switch.
+        standing: is told what other workers should know.
     """
 
     def __init__(
@@ -81,8 +83,11 @@ class Changeover:
         residency: Residency,
         statistics: Callable[[int], Statistics],
         on_switch: Callable[[Switch], None],
+        standing: Standing,
     ) -> None:
         self.lineup = lineup
+        self._standing = standing
+        self._known = Known()
         self._residency = residency
         self._statistics = statistics
         self._on_switch = on_switch
@@ -112,6 +117,20 @@ class Changeover:
                 update={name: getattr(found.options, name) for name in ("version_policy", "rollout", "preload", "pin")}
             )
         self.reconcile()
+
+    def learn(self, known: Known) -> None:
+        """Takes what other workers found out: what they rolled back is not tried here, or not any longer."""
+        self._known = known
+        candidate, stable = self.lineup.candidate, self.lineup.stable
+        for version in self.lineup.found.versions:
+            key = entry_key(version, self.lineup.options)
+            why = known.barred.get(fingerprint(key))
+            if why is None or self.lineup.rejected.why(key) is not None:
+                continue
+            if candidate is not None and candidate.key == key:
+                self.roll_back(f"by another worker: {why}")
+            elif stable is None or stable.key != key:
+                self.lineup.rejected.bar(key, f"rolled back by another worker: {why}")
 
     def reconcile(self) -> None:
         """Begins to bring into service what should be, unless that goes on already."""
@@ -152,6 +171,8 @@ class Changeover:
                 if stable.version.number < one.number < failed.version.number:
                     passed_over = f"passed over: version {failed.version.number} was rolled back"
                     self.lineup.rejected.bar_too(entry_key(one, self.lineup.options), passed_over)
+            self._standing.bars(self.lineup.name, failed.key, why)
+            self._standing.serves(stable.version)
             self._note(failed, stable, "rolled back", why)
             self._retire(failed)
             self.reconcile()
@@ -167,12 +188,15 @@ class Changeover:
         if current is None or not older:
             raise NotFound(f"model {self.lineup.name!r} has no version to go back to")
         self.lineup.rejected.bar(current.key, f"rolled back: {why}")
+        self._standing.bars(self.lineup.name, current.key, why)
         self.reconcile()
         return str(older[-1].number)
 
     def forgive(self) -> None:
         """Versions that were rejected may be tried again, and what an operator unloaded is served again."""
         self.lineup.rejected.clear()
+        self._standing.forgives(self.lineup.name)
+        self._known = dataclasses.replace(self._known, barred={})
         self.lineup.unloaded = False
 
     def withdraw(self, why: str) -> None:
@@ -223,6 +247,11 @@ class Changeover:
             return
         target = by_number[wanted[-1]]
         key = entry_key(target, self.lineup.options)
+        proved = self._proved(target)
+        if proved is not None:
+            await self._bring(proved)
+            self._again = True  # and then the newest, on trial
+            return
         if self.lineup.candidate is not None and self.lineup.candidate.key != key:
             gone, self.lineup.candidate.reason = self.lineup.candidate, "withdrawn during its trial"
             self._end_trial()
@@ -239,6 +268,17 @@ class Changeover:
             if number not in wanted and entry is not self.lineup.stable and entry is not self.lineup.candidate:
                 del self.lineup.by_number[number]
                 self._retire(entry)
+
+    def _proved(self, target: Version) -> Version | None:
+        """The version that other workers have in service, where this one has none and would begin with a newer one."""
+        if self.lineup.stable is not None:
+            return None
+        now = time.monotonic_ns()
+        for version in self.lineup.found.versions:
+            if (version.number, version.digest) == self._known.in_service and version.number < target.number:
+                barred = self.lineup.rejected.bars(entry_key(version, self.lineup.options), now)
+                return None if barred else version
+        return None
 
     def _serve_beside(self, version: Version) -> None:
         """A version that is only answered by where it is asked for."""
@@ -276,6 +316,7 @@ class Changeover:
                 self.lineup.by_number[version.number] = entry
                 self.lineup.stable = entry
                 if entry.info is not None and not entry.options.preload:
+                    self._standing.serves(version)
                     self._note(None, entry, "in service", "loaded at its first request")
                     return True
             entry.apart = self.lineup.stable is not entry and entry.loaded is None
@@ -291,6 +332,7 @@ class Changeover:
         self.lineup.rejected.forgive(entry.key)
         if stable is None or stable is entry:
             self.lineup.stable = entry
+            self._standing.serves(version)
             self._note(None, entry, "in service", "the first version")
         else:
             self._begin_trial(stable, entry)
@@ -329,6 +371,7 @@ class Changeover:
     def _switch(self, old: Entry, new: Entry, what: str, why: str) -> None:
         self.lineup.stable = new
         self.lineup.by_number[new.version.number] = new
+        self._standing.serves(new.version)
         self._note(old, new, what, why)
         if old.version.number not in self.lineup.wanted() or self.lineup.by_number.get(old.version.number) is not old:
             if self.lineup.by_number.get(old.version.number) is old:

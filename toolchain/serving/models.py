@@ -13,6 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from runtimes import Error, InvalidArtifact
@@ -35,6 +36,7 @@ from toolchain.serving.relief import Reliever
 from toolchain.serving.repository import Found, Snapshot, Source
 from toolchain.serving.residency import Entry, Residency, by_model, failure
 from toolchain.serving.result_cache import ResultCache
+from toolchain.serving.standing import Known, Standing
 from toolchain.serving.statistics import Statistics
 
 _log = logging.getLogger(__name__)
@@ -57,10 +59,16 @@ class Models:
         options: the server's.
         source: where the models lie.
         resident: gives the bytes that the process has in memory.
+        shared: a folder in which workers tell each other of versions; None: there is one process.
     """
 
     def __init__(
-        self, options: ServerOptions, source: Source, *, resident: Callable[[], int] = memory.resident_bytes
+        self,
+        options: ServerOptions,
+        source: Source,
+        *,
+        resident: Callable[[], int] = memory.resident_bytes,
+        shared: Path | None = None,
     ) -> None:
         self.options = options
         self.source = source
@@ -72,6 +80,8 @@ class Models:
         self._statistics: dict[tuple[str, str], Statistics] = {}
         self._runs = concurrent.futures.ThreadPoolExecutor(_RUNS, "serving-run")
         self._disk = concurrent.futures.ThreadPoolExecutor(1, "serving-disk")
+        self._standing = Standing(shared, self._disk)
+        self._known: dict[str, Known] = {}
         self._cache = ResultCache(options.result_cache) if options.result_cache.max_bytes else None
         caps = [cap for cap in (options.max_memory, _share_of_machine(options.workers)) if cap is not None]
         cap = min(caps, default=None)
@@ -280,7 +290,9 @@ class Models:
     # What goes on in the background.
 
     async def _look(self) -> Snapshot:
-        return await asyncio.get_running_loop().run_in_executor(self._disk, self.source.scan, self.options.defaults)
+        loop = asyncio.get_running_loop()
+        self._known = await loop.run_in_executor(self._disk, self._standing.read)
+        return await loop.run_in_executor(self._disk, self.source.scan, self.options.defaults)
 
     def _take(self, snapshot: Snapshot) -> None:
         for remark in sorted(set(snapshot.remarks) - self._remarks):
@@ -295,6 +307,7 @@ class Models:
                 self._missing.pop(name, None)
             if found.versions or self._gone(name):
                 known.update(found)
+            known.learn(self._known.get(name, Known()))
         for name in [name for name in self._models if name not in snapshot.models and self._gone(name)]:
             del self._missing[name]
             self._models.pop(name).withdraw("the model was removed")
@@ -308,7 +321,14 @@ class Models:
         def statistics(number: int) -> Statistics:
             return self.statistics(found.name, str(number))
 
-        made = Changeover(Lineup(found), residency=self._residency, statistics=statistics, on_switch=self._switched)
+        made = Changeover(
+            Lineup(found),
+            residency=self._residency,
+            statistics=statistics,
+            on_switch=self._switched,
+            standing=self._standing,
+        )
+        made.learn(self._known.get(found.name, Known()))
         for number, why in found.problems.items():
             _log.warning("%s version %d is not taken: %s", found.name, number, why)
         if found.problem:

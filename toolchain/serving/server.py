@@ -341,7 +341,8 @@ async def running(
         if tracing.asked(options.trace):
             observer.tracer = tracing.Tracer()
             stack.callback(observer.tracer.stop)
-        models = Models(options, repository.open_source(path))
+        shared = None if place is None else place.folder / "standing"
+        models = Models(options, repository.open_source(path), shared=shared)
         if options.max_memory is not None and (own_bytes := memory.resident_bytes()) >= options.max_memory:
             raise CannotServe(
                 f"the server itself takes {own_bytes / 1e6:.0f} MB, and may have {options.max_memory / 1e6:.0f} MB",

@@ -123,9 +123,8 @@ def factor_of(response: Response) -> float:
 @contextlib.asynccontextmanager
 async def serving(path: Path, **options: Any) -> AsyncIterator[Models]:
     """Models over a folder, looked at every 50 ms where nothing else is said."""
-    resident = options.pop("resident", None)
+    more = {name: options.pop(name) for name in ("resident", "shared") if options.get(name) is not None}
     options.setdefault("poll_seconds", 0.05)
-    more = {} if resident is None else {"resident": resident}
     models = Models(ServerOptions(**options), open_source(path), **more)
     await models.start()
     try:
