@@ -181,7 +181,6 @@ class Encoder:
             response.model,
             response.version,
             *[(name, array.dtype, array.shape) for name, array in response.outputs.items()],
-            response.written,
         )
         header = self._known.get(key)
         if header is None:

@@ -172,8 +172,7 @@ class Regions:
         # Several workers that come to it at once may each add one more: the bound is one on what a client can pile up.
         if len(os.listdir(self._folder)) >= MAX_REGIONS:
             raise Overloaded(f"{MAX_REGIONS} regions are registered, which is all that may", hint="unregister some")
-        # The first part makes each registration another one, so that nothing of an earlier one is taken for it.
-        entry = [os.urandom(8).hex(), name, key, offset, byte_size, found.st_dev, found.st_ino]
+        entry = [name, key, offset, byte_size, found.st_dev, found.st_ino]
         try:
             os.symlink(json.dumps(entry, ensure_ascii=False).encode(), self._entry(name))
         except FileExistsError:
@@ -270,7 +269,7 @@ class Regions:
 
 @functools.lru_cache(MAX_REGIONS)
 def _described(text: bytes) -> Region:
-    return Region(*json.loads(text)[1:])
+    return Region(*json.loads(text))
 
 
 async def _copied(size: int, copy: Any, *arguments: Any) -> Any:

@@ -108,9 +108,9 @@ def test_tritons_own_client(module: ModuleType, ports: dict[ModuleType, int], ke
         into, out = (shm.create_shared_memory_region(name, key + name, 128) for name in ("in", "out"))
         try:
             triton.register_system_shared_memory("in", key + "in", 100, offset=20)
-            triton.register_system_shared_memory("out", key + "out", 128)
+            triton.register_system_shared_memory("out", key + "out", 112, offset=16)
             for factor in (1, -3):  # what a client writes is read anew
-                # 20 bytes into the memory the region begins, 4 bytes into it the tensor
+                # 20 bytes into the memory the region begins, 4 bytes into it the tensor; of the output 16 and 8
                 shm.set_shared_memory_region(into, [X * factor], offset=24)
                 result = triton.infer(
                     "double",
@@ -118,7 +118,7 @@ def test_tritons_own_client(module: ModuleType, ports: dict[ModuleType, int], ke
                     outputs=[wanted(module, "y", "out", 60, 8)],
                 )
                 assert shape_of(result.get_output("y")) == [2, 4]
-                found = shm.get_contents_as_numpy(out, np.float32, [2, 4], offset=8)
+                found = shm.get_contents_as_numpy(out, np.float32, [2, 4], offset=24)
                 np.testing.assert_array_equal(found, X * factor * 2)
             # only the input; both forms in one request
             result = triton.infer("double", [given(module, "x", [2, 4], "FP32", "in", 32, 4)])
@@ -130,11 +130,42 @@ def test_tritons_own_client(module: ModuleType, ports: dict[ModuleType, int], ke
                 asked = [wanted(module, "less", "out", 8, 64), module.InferRequestedOutput("total")]
                 result = triton.infer("pair", inputs, outputs=asked)
                 assert result.as_numpy("total").tolist() == [[6, 8]]
-                assert shm.get_contents_as_numpy(out, np.int32, [1, 2], offset=64).tolist() == [[4, 4]]
+                assert shm.get_contents_as_numpy(out, np.int32, [1, 2], offset=80).tolist() == [[4, 4]]
                 inputs.reverse()
         finally:
             shm.destroy_shared_memory_region(into)
             shm.destroy_shared_memory_region(out)
+
+
+@BOTH
+def test_answers_of_one_shape_and_different_places(module: ModuleType, ports: dict[ModuleType, int], key: str) -> None:
+    """What is remembered of an answer is not taken for that of another."""
+    path = memory(key, np.array([5, 3], np.int32).tobytes() + bytes(8))
+    with client(module, ports) as triton:
+        triton.register_system_shared_memory("m", key, 16)
+        inputs = [given(module, "a", [1, 1], "INT32", "m", 4), given(module, "b", [1, 1], "INT32", "m", 4, 4)]
+        for here, there in [("total", "less"), ("less", "total")] * 2:
+            found = {"total": 8, "less": 2}
+            outputs = [wanted(module, there, "m", 4, 8), module.InferRequestedOutput(here)]
+            for asked in (outputs, outputs[::-1]):
+                path.write_bytes(np.array([5, 3, 0, 0], np.int32).tobytes())
+                result = triton.infer("pair", inputs, outputs=asked)
+                assert result.as_numpy(here).tolist() == [[found[here]]]
+                assert np.frombuffer(path.read_bytes(), np.int32).tolist() == [5, 3, found[there], 0]
+
+
+def test_data_in_both_places_over_grpc(ports: dict[ModuleType, int], key: str) -> None:
+    memory(key, bytes(64))
+    with client(triton_grpc, ports) as triton:
+        triton.register_system_shared_memory("m", key, 64)
+        x = given(triton_grpc, "x", [1, 4], "FP32", "m", 16)
+        x._input.contents.fp32_contents.extend([1.0] * 4)
+        with pytest.raises(InferenceServerException, match="has contents"):
+            triton.infer("double", [x])
+        x = given(triton_grpc, "x", [1, 4], "FP32", "m", 16)
+        x._raw_content = bytes(16)
+        with pytest.raises(InferenceServerException, match="1 raw_input_contents, and 0 inputs"):
+            triton.infer("double", [x])
 
 
 @BOTH
@@ -228,6 +259,7 @@ def http_client(ports: dict[ModuleType, int]) -> Iterator[Any]:
 #: What is wrong with a tensor's place in a region of 64 bytes, and what it is told; x takes 32 bytes, y gives 32.
 MISPLACED = [
     (("nope", 32), "no region 'nope'"),
+    (("nope", 33), "takes 32"),  # which is seen before anybody looks for it
     (("m", 32, 33), "ends at 65"),
     (("m", 32, 1 << 61), "ends at"),
     (("m", 31), "takes 32"),
@@ -384,19 +416,21 @@ def test_keys_that_are_none(regions: Regions, key: str) -> None:
     (MEMORY / f"{name}-link").symlink_to(MEMORY / name)
     (MEMORY / f"{name}-folder").mkdir()
     os.mkfifo(MEMORY / f"{name}-pipe")
+    semaphore = memory(f"sem.{name}", bytes(32))
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(MEMORY / f"{name}-socket"))
     try:
         for wrong in (
             "", "/", ".", "..", "/..", "//" + name, f"/{name}/", f"/../shm/{name}", f"{name}-folder/x", "/etc/passwd",
-            f"{name}\0", "\n", "\ud800", "x" * 256, "/sem.x", "sem.x", name + "-none", f"{name}-link",
+            f"{name}\0", "\n", "\ud800", "x" * 256, "/sem." + name, "sem." + name, name + "-none", f"{name}-link",
             f"{name}-folder", f"{name}-pipe", f"{name}-socket", None, 5, b"x",
         ):  # fmt: skip
             with pytest.raises(InvalidRequest):
-                regions.register("m", wrong, offset=0, byte_size=64)  # type: ignore[arg-type]
+                regions.register("m", wrong, offset=0, byte_size=1)  # type: ignore[arg-type]
         assert regions.status() == []
     finally:
         listening.close()
+        semaphore.unlink()
         (MEMORY / f"{name}-folder").rmdir()
 
 
