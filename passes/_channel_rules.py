@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from passes import _channel_layers as layers
 from passes import _channel_moves as moves
+from passes import _channel_recurrent as states
 from passes import _channel_reshape as shapes
 from passes import _channel_sizes as sizes
 from passes._channel_atoms import Labels
@@ -123,9 +124,11 @@ RULES: Mapping[str, Rule] = {
     "Flatten": shapes.flatten,
     "Gather": moves.gather,
     "Gemm": layers.gemm,
+    "GRU": states.recurrent,
     "GroupNormalization": layers.group_norm,
     "Hardmax": layers.softmax,
     "InstanceNormalization": layers.instance_norm,
+    "LSTM": states.recurrent,
     "LayerNormalization": layers.layer_norm,
     "LogSoftmax": layers.softmax,
     "LpNormalization": layers.statistics_over,
@@ -133,6 +136,7 @@ RULES: Mapping[str, Rule] = {
     "MeanVarianceNormalization": layers.statistics_over,
     "Pad": moves.pad,
     "RMSNormalization": layers.layer_norm,
+    "RNN": states.recurrent,
     "Reshape": shapes.reshape,
     "Resize": sizes.resize,
     "Shape": sizes.shape,

@@ -36,6 +36,7 @@ from passes._graph import FLOATS, Names, Scope, constant, default_opset, is_op, 
 from passes.base import RECORDS, Declined, InvalidOption, Outcome, Pass, PassFailed, label
 from passes.eliminate_dead_code import EliminateDeadCode
 from passes.fold_constants import FoldConstants
+from passes.unpack_sequences import UnpackSequences
 
 #: the key of the model's metadata that says how it was pruned, so that ratios stay those of the dense model
 RECORD = f"{RECORDS}prune_channels"
@@ -197,13 +198,13 @@ def _in_dense(cut: Cut, record: Mapping[str, Any], dense: Mapping[str, int]) -> 
 def prepare(model: ir.Model) -> bool:
     """Makes a graph ready for ``find_groups``, in place: it sees further then. What is computed stays the same.
 
-    Constants are folded, and a vector that several nodes read becomes one for each: exporters store equal biases once,
-    and what is equal by chance would be cut together.
+    Constants are folded, sequences that are read by number taken apart, and a vector that several nodes read becomes
+    one for each: exporters store equal biases once, and what is equal by chance would be cut together.
 
     Returns:
         Whether anything was changed.
     """
-    outcomes = [each(model) for each in (FoldConstants(), EliminateDeadCode())]
+    outcomes = [each(model) for each in (FoldConstants(), UnpackSequences(), EliminateDeadCode())]
     return _unshare(model) or any(outcome.modified for outcome in outcomes)
 
 

@@ -181,7 +181,8 @@ def _eligible(model: ir.Model, exclude: Sequence[str]) -> tuple[list[Group], tup
     if not groups:
         first = "; ".join(f"{each.node}: {each.reason}" for each in declined[:3])
         what = f"no layer can be cut: {first}" if declined else "the model has no layer with a constant float weight"
-        raise GraphError(what, hint="prune before quantising, and leave the model as it is")
+        hint = "exclude fewer layers" if excluded else "prune before quantising, and leave the model as it is"
+        raise GraphError(what, hint=hint)
     return groups, tuple(declined)
 
 

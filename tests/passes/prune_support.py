@@ -12,7 +12,7 @@ from passes._channel_groups import analyze
 from passes._channel_scores import importance, plan
 from passes.prune_channels import prepare
 
-KINDS = {np.dtype(np.float32): "float", np.dtype(np.int64): "int64", np.dtype(np.bool_): "bool"}
+KINDS = {np.dtype(np.float32): "float"} | {np.dtype(name): name for name in ("int32", "int64", "bool")}
 
 
 def weight(*shape: int, seed: int = 0) -> np.ndarray:
