@@ -373,6 +373,30 @@ def _gather(call: Call) -> Tensor:
     return x.index_select(axis, flat).reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
 
 
+def _gather_elements(call: Call) -> Tensor:
+    x, indices, axis = call.need(0), call.need(1).to(torch.int64), int(call.get("axis", 0))
+    return torch.gather(x, axis, torch.where(indices < 0, indices + x.shape[axis], indices))
+
+
+def _gather_nd(call: Call) -> Tensor:
+    x, indices = call.need(0), call.need(1).to(torch.int64)
+    batch = [
+        torch.arange(x.shape[axis], device=x.device).reshape([-1 if i == axis else 1 for i in range(indices.ndim - 1)])
+        for axis in range(int(call.get("batch_dims", 0)))
+    ]
+    return x[(*batch, *indices.unbind(-1))]
+
+
+def _cumulative_sum(call: Call) -> Tensor:
+    x, axis = call.need(0), int(call.need(1))
+    if call.get("reverse", 0):
+        x = x.flip(axis)
+    y = x.cumsum(axis, dtype=x.dtype)
+    if call.get("exclusive", 0):
+        y = y - x
+    return y.flip(axis) if call.get("reverse", 0) else y
+
+
 def _pad(call: Call) -> Tensor:
     x, pads, axes = call.need(0), call.ints("pads", 1) or [], call.ints("axes", 3)
     mode, value = str(call.get("mode", "constant")), call.given(2)
@@ -488,9 +512,13 @@ OPERATORS: dict[str, Operator] = {
     "Conv": _convolve,
     "ConvTranspose": _convolve_transposed,
     "Cos": _unary(torch.cos),
+    "CumSum": _cumulative_sum,
     "DepthToSpace": _depth_to_space,
     "Div": _binary(_divide),
     "Dropout": _dropout,
+    "Einsum": lambda call: torch.einsum(
+        str(call.attributes["equation"]), *(call.need(i) for i in range(len(call.inputs)))
+    ),
     "Elu": lambda call: F.elu(call.need(0), float(call.get("alpha", 1.0))),
     "Equal": _binary(torch.eq),
     "Erf": _unary(torch.erf),
@@ -499,6 +527,8 @@ OPERATORS: dict[str, Operator] = {
     "Flatten": _flatten,
     "Floor": _unary(torch.floor),
     "Gather": _gather,
+    "GatherElements": _gather_elements,
+    "GatherND": _gather_nd,
     "Gelu": _gelu,
     "Gemm": _gemm,
     "GlobalAveragePool": _global_pool(torch.mean),
@@ -512,6 +542,7 @@ OPERATORS: dict[str, Operator] = {
     "HardSwish": _unary(F.hardswish),
     "Identity": _unary(lambda x: x),
     "InstanceNormalization": _instance_normalization,
+    "IsNaN": _unary(torch.isnan),
     "LayerNormalization": _layer_normalization,
     "LeakyRelu": lambda call: F.leaky_relu(call.need(0), float(call.get("alpha", 0.01))),
     "Less": _binary(torch.lt),
@@ -524,6 +555,7 @@ OPERATORS: dict[str, Operator] = {
     "Mean": _variadic(torch.add, mean=True),
     "Min": _variadic(torch.minimum),
     "Mish": _unary(F.mish),
+    "Mod": lambda call: (torch.fmod if call.get("fmod", 0) else torch.remainder)(call.need(0), call.need(1)),
     "Mul": _binary(torch.mul),
     "Neg": _unary(torch.neg),
     "Not": _unary(torch.logical_not),

@@ -140,6 +140,23 @@ OPERATORS = {
         "{ l, r = Split <axis = 1, num_outputs = 2> (x) c = Greater (l, r) w = Where (c, l, r) "
         "d = DepthToSpace <blocksize = 2> (w) t = Constant <value_ints = [1, 2, 1, 3]> () y = Tile (d, t) }"
     ),
+    "elements by number": (
+        "g (float[2, 3, 4] x) => (float[a, b] y, float[c, d, e] z, float[f, g, h] u) "
+        "{ i = Constant <value = int64[2, 2] {1, -1, 0, 2}> () y = GatherND (x, i) "
+        "j = Constant <value = int64[2, 2, 1] {2, -3, 1, 1}> () z = GatherND <batch_dims = 1> (x, j) "
+        "k = Constant <value = int64[1, 2, 4] {0, -1, 1, 2, 2, 2, -3, 0}> () u = GatherElements <axis = 1> (x, k) }"
+    ),
+    "sums along an axis": (
+        "g (float[2, 3, 4] x) => (float[a, b, c] y) "
+        "{ one = Constant <value_int = 1> () p = CumSum (x, one) q = CumSum <exclusive = 1> (x, one) "
+        "r = CumSum <reverse = 1> (x, one) s = CumSum <reverse = 1, exclusive = 1> (x, one) "
+        "t = Mul (q, s) v = Add (p, r) y = Add (t, v) }"
+    ),
+    "einsum, remainder, no number": (
+        "g (float[2, 3, 4] x) => (float[a, b, c] y) "
+        '{ e = Einsum <equation = "bij,bkj->bik"> (x, x) n = Constant <value_float = 0.7> () '
+        "m = Mod <fmod = 1> (e, n) k = Log (m) i = IsNaN (k) y = Where (i, n, m) }"
+    ),
 }
 
 
