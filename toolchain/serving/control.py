@@ -1,8 +1,8 @@
 """The ways between supervisor and workers: HTTP on Unix sockets that only this user can open.
 
-A worker answers ``/metrics``, ``/stats``, ``/alive``, ``/result/<task>`` and what the admin port has. The supervisor
-asks all and tells the sum, and asks each whether it is alive; a worker asks another for a task, and the supervisor for
-the numbers of all.
+A worker answers ``/metrics``, ``/counts``, ``/stats``, ``/alive``, ``/result/<task>`` and what the admin port has. The
+supervisor asks all and tells the sum, and asks each whether it is alive; a worker asks another for a task, and the
+supervisor for the numbers of all.
 """
 
 from __future__ import annotations
@@ -34,15 +34,23 @@ class Place:
         return worker_socket(self.folder, self.number)
 
     async def numbers(self) -> dict[str, Any]:
-        """Those of all workers together, asked of the supervisor, as ``stats.merge`` has them. Raises Unavailable."""
-        try:
-            status, body = await ask(supervisor_socket(self.folder), "/stats")
-        except OSError as error:
-            raise Unavailable(f"the supervisor does not answer: {error}") from error
-        if status != 200:
-            raise Unavailable("the supervisor has no numbers now")
-        answer: dict[str, Any] = json.loads(body)
+        """Those of all workers together, as ``stats.merge`` has them. Raises Unavailable."""
+        answer: dict[str, Any] = await self._supervisor("/stats")
         return answer
+
+    async def counts(self) -> list[dict[str, Any]]:
+        """Those of all workers together, as ``describe.statistics`` has them. Raises Unavailable."""
+        answer: list[dict[str, Any]] = await self._supervisor("/counts")
+        return answer
+
+    async def _supervisor(self, where: str) -> Any:
+        try:
+            status, body = await ask(supervisor_socket(self.folder), where)
+        except OSError as error:
+            raise Unavailable(f"the supervisor does not answer: {error}", hint="ask again in a moment") from error
+        if status != 200:
+            raise Unavailable("the supervisor has no numbers now", hint="ask again in a moment")
+        return json.loads(body)
 
     async def task(self, number: int, name: str) -> tuple[str, bytes]:
         """A task of another worker, as ``Tasks.tell`` has it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from runtimes import TensorSpec
@@ -20,6 +21,8 @@ EXTENSIONS = (
     "statistics",
 )
 NAME = "onnx-toolchain"
+#: Gives the counts of all workers together, as ``statistics`` has them. Raises Unavailable.
+Everywhere = Callable[[], Awaitable[list[dict[str, Any]]]]
 
 
 def server(*, shared_memory: bool = False) -> dict[str, Any]:
@@ -44,8 +47,21 @@ def model(served: Hosted, name: str, version: str = "") -> dict[str, Any]:
     }
 
 
-def statistics(served: Hosted, name: str = "", version: str = "") -> list[dict[str, Any]]:
-    """The counts of every version of every model, or of what is asked for. Raises NotFound."""
+async def statistics(
+    served: Hosted, name: str = "", version: str = "", *, everywhere: Everywhere | None = None
+) -> list[dict[str, Any]]:
+    """The counts of every version of every model, or of what is asked for.
+
+    Args:
+        served: says which there are.
+        name: of a model; "" is all.
+        version: of that model; "" is all.
+        everywhere: asked for the counts themselves; None: this process is the whole server.
+
+    Raises:
+        NotFound: there is no such model or version.
+        Unavailable: other workers have counts, and cannot be asked.
+    """
     known = served.all_statistics()
     found = []
     for each in (name,) if name else served.names():
@@ -54,7 +70,10 @@ def statistics(served: Hosted, name: str = "", version: str = "") -> list[dict[s
             raise NotFound(f"model {each!r} has no version {version!r}", hint=f"it has: {', '.join(versions)}")
         for number in (version,) if version else versions:
             found.append(_statistics(each, number, known.get((each, number)) or Statistics()))
-    return found
+    if everywhere is None:
+        return found
+    summed = {(entry["name"], entry["version"]): entry for entry in await everywhere()}
+    return [summed.get((entry["name"], entry["version"]), entry) for entry in found]
 
 
 def index(served: Hosted, *, ready: bool = False) -> list[dict[str, str]]:

@@ -45,6 +45,7 @@ def make_servicer(
     auth: Auth | None = None,
     held: Bytes | None = None,
     regions: Regions | None = None,
+    everywhere: describe.Everywhere | None = None,
 ) -> Servicer:
     """What answers gRPC; ``add_to`` puts it into a server.
 
@@ -54,17 +55,25 @@ def make_servicer(
         auth: asked for every call that names a model or lists them; None lets everyone in.
         held: bounds the bytes of all requests that are being handled; None takes the bound of ``options``.
         regions: of shared memory; None serves none.
+        everywhere: of several workers, see ``describe.statistics``.
     """
-    return Servicer(served, options, auth, held or Bytes(options.max_in_flight_bytes), regions)
+    return Servicer(served, options, auth, held or Bytes(options.max_in_flight_bytes), regions, everywhere)
 
 
 class Servicer:
     """The calls of the service. Those that are not here are answered with UNIMPLEMENTED and why."""
 
     def __init__(
-        self, served: Hosted, options: ServerOptions, auth: Auth | None, held: Bytes, regions: Regions | None
+        self,
+        served: Hosted,
+        options: ServerOptions,
+        auth: Auth | None,
+        held: Bytes,
+        regions: Regions | None,
+        everywhere: describe.Everywhere | None,
     ) -> None:
         self._served = served
+        self._everywhere = everywhere
         self._regions = regions
         self._held = held
         self._readers: set[asyncio.Task[None]] = set()
@@ -229,9 +238,9 @@ class Servicer:
         config = model_config.as_message(info, self._served.model_options(request.name), cached=self._cached)
         return service_pb2.ModelConfigResponse(config=config)
 
-    def _model_statistics(self, request: Any, token: str | None) -> Any:
+    async def _model_statistics(self, request: Any, token: str | None) -> Any:
         self._allow(request.name or None, token)
-        counts = describe.statistics(self._served, request.name, request.version)
+        counts = await describe.statistics(self._served, request.name, request.version, everywhere=self._everywhere)
         return json_format.ParseDict({"model_stats": counts}, service_pb2.ModelStatisticsResponse())
 
     def _repository_index(self, request: Any, token: str | None) -> Any:

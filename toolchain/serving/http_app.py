@@ -149,6 +149,7 @@ def make_app(
     auth: Auth | None = None,
     tasks: Tasks | None = None,
     regions: Regions | None = None,
+    everywhere: describe.Everywhere | None = None,
 ) -> fastapi.FastAPI:
     """The application that answers HTTP.
 
@@ -158,6 +159,7 @@ def make_app(
         auth: asked for every route that names a model or lists them; None lets everyone in.
         tasks: what is asked for with mode=async; None keeps them to this application.
         regions: of shared memory; None serves none.
+        everywhere: of several workers, see ``describe.statistics``.
     """
     app = _App(
         title=describe.NAME,
@@ -170,7 +172,7 @@ def make_app(
     )
     app.infer = _Infer(served, options, auth, regions)
     app.include_router(_health(served, shared_memory=regions is not None))
-    app.include_router(_models(served, options, auth))
+    app.include_router(_models(served, options, auth, everywhere))
     app.include_router(predict.router(served, options=options, auth=auth, tasks=tasks or Tasks()))
     app.include_router(memory_routes.router(regions, max_bytes=options.max_request_bytes, auth=auth))
     app.add_exception_handler(ServingError, _answer_error)
@@ -198,7 +200,9 @@ def _health(served: Hosted, *, shared_memory: bool) -> fastapi.APIRouter:
     return router
 
 
-def _models(served: Hosted, options: ServerOptions, auth: Auth | None) -> fastapi.APIRouter:
+def _models(
+    served: Hosted, options: ServerOptions, auth: Auth | None, everywhere: describe.Everywhere | None
+) -> fastapi.APIRouter:
     def allowed(request: fastapi.Request) -> None:
         if auth is not None:
             auth.check(request.path_params.get("model"), request.headers.get("authorization"))
@@ -209,7 +213,7 @@ def _models(served: Hosted, options: ServerOptions, auth: Auth | None) -> fastap
     # Before the routes of one model: a model called "stats" has its own under its versions.
     @router.get("/v2/models/stats", summary="Counts and times of all models")
     async def all_statistics() -> Response:
-        return _json({"model_stats": describe.statistics(served)})
+        return _json({"model_stats": await describe.statistics(served, everywhere=everywhere)})
 
     @router.post(
         "/v2/repository/index", summary="All versions of all models, with their state", openapi_extra=_INDEX_BODY
@@ -241,7 +245,8 @@ def _models(served: Hosted, options: ServerOptions, auth: Auth | None) -> fastap
 
         @router.get(path + "/stats", summary="Counts and times of a model", openapi_extra=said)
         async def statistics(model: str, version: _Version) -> Response:
-            return _json({"model_stats": describe.statistics(served, model, version)})
+            counts = await describe.statistics(served, model, version, everywhere=everywhere)
+            return _json({"model_stats": counts})
 
         # Only for the page at /docs: _App answers before the router is asked.
         @router.post(path + "/infer", summary="Runs a model", openapi_extra=_INFER_DOCUMENTATION | said)

@@ -28,7 +28,18 @@ import grpc
 import uvicorn
 
 from runtimes import Error
-from toolchain.serving import admin, grpc_app, http_app, memory, metrics_page, page_routes, repository, stats, tracing
+from toolchain.serving import (
+    admin,
+    describe,
+    grpc_app,
+    http_app,
+    memory,
+    metrics_page,
+    page_routes,
+    repository,
+    stats,
+    tracing,
+)
 from toolchain.serving.auth import Auth
 from toolchain.serving.calls import GrpcCalls, HttpCalls, Observed, Observer
 from toolchain.serving.control import Place
@@ -243,7 +254,7 @@ class _Grpc:
 
     def __init__(
         self, hosted: Observed, options: ServerOptions, *, auth: Auth | None, observer: Observer, reuse: bool,
-        certificate: Certificate | None, held: Bytes, regions: Regions | None,
+        certificate: Certificate | None, held: Bytes, regions: Regions | None, everywhere: describe.Everywhere | None,
     ) -> None:  # fmt: skip
         watched = observer.tracer is not None or observer.log.which == "all"
         self._server = grpc.aio.server(
@@ -251,7 +262,9 @@ class _Grpc:
             maximum_concurrent_rpcs=options.max_in_flight,
             interceptors=[GrpcCalls(observer)] if watched else None,
         )
-        self._servicer = grpc_app.make_servicer(hosted, options=options, auth=auth, held=held, regions=regions)
+        self._servicer = grpc_app.make_servicer(
+            hosted, options=options, auth=auth, held=held, regions=regions, everywhere=everywhere
+        )
         self._servicer.add_to(self._server)
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"{host}:{options.grpc_port}"
@@ -361,7 +374,10 @@ async def running(
             folder = str(place.folder) if place else stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-"))
             regions = Regions(Path(folder) / "regions", held)
         wanted = auth if auth.wanted else None
-        app = http_app.make_app(observed, options=options, auth=wanted, tasks=tasks, regions=regions)
+        everywhere = None if place is None else place.counts
+        app = http_app.make_app(
+            observed, options=options, auth=wanted, tasks=tasks, regions=regions, everywhere=everywhere
+        )
         page_routes.add_to(app, own if place is None else place.numbers, auth=wanted)
         limits = Limits(
             app, max_request_bytes=options.max_request_bytes, max_in_flight=options.max_in_flight, held=held
@@ -374,6 +390,8 @@ async def running(
                     return 200, metrics_page.CONTENT_TYPE, metrics_page.render(models).encode()
                 case "/stats":
                     return admin.as_json(stats.collect(models))
+                case "/counts":
+                    return admin.as_json(await describe.statistics(models))
                 case "/alive":
                     return admin.as_json({})
                 case _ if where.startswith("/result/"):
@@ -411,7 +429,7 @@ async def running(
         if options.grpc_port is not None:
             rpc = _Grpc(
                 observed, options, auth=wanted, observer=observer, reuse=worker, certificate=certificate, held=held,
-                regions=regions,
+                regions=regions, everywhere=everywhere,
             )  # fmt: skip
             found["gRPC"] = rpc.port
         # A port that workers share is opened when there is something to answer with: others answer meanwhile.

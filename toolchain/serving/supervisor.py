@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain import child
-from toolchain.serving import admin, metrics_page, stats
+from toolchain.serving import admin, counts, metrics_page, stats
 from toolchain.serving.auth import Auth
 from toolchain.serving.base import NotFound, Unavailable
 from toolchain.serving.control import ask, supervisor_socket, worker_socket
@@ -48,6 +48,9 @@ SETTLED_SECONDS = 10.0
 EARLY_DEATHS = 5
 #: How often the counts of workers are fetched, seconds: what a worker counted since dies with it.
 _LOOK_SECONDS = 2.0
+#: How long a worker may take to tell its counts, seconds; else those count that it told before. Whoever asked the
+#: supervisor waits for longer.
+_COUNT_SECONDS = 2.0
 _LAST_WORDS = 20
 #: How often each worker is asked whether it lives, how long it may take to say so, and how often it may not, seconds.
 #: A machine that stood still misses one; a loop that is stuck misses all.
@@ -183,7 +186,10 @@ class Supervisor:
         self._early = 0
         self._ever_ready = False
         self._combined = metrics_page.Combined()
-        self._pages: dict[int, str] = {}
+        self._counted = counts.Combined()
+        #: by number of the worker, what it answered last
+        self._pages: dict[int, bytes] = {}
+        self._counts: dict[int, bytes] = {}
 
     async def keep(self, worker: Worker) -> None:
         """Keeps one place filled until the server stops."""
@@ -199,7 +205,9 @@ class Supervisor:
             becoming.cancel()
             code = await running
             if (page := self._pages.pop(worker.number, None)) is not None:
-                self._combined.retire(page)
+                self._combined.retire(page.decode())
+            if (counted := self._counts.pop(worker.number, None)) is not None:
+                self._counted.retire(json.loads(counted))
             if self.stop.is_set():
                 return
             settled = ready_at is not None and time.monotonic() - ready_at >= SETTLED_SECONDS
@@ -253,16 +261,16 @@ class Supervisor:
 
     async def numbers(self, method: str, where: str) -> admin.Answer:
         """What workers ask of the supervisor."""
+        if where == "/counts":
+            parts = await self._latest(where, self._counts)
+            return admin.as_json(self._counted.of([json.loads(part) for part in parts]))
         if where != "/stats":
-            raise NotFound("GET /stats is all there is")
+            raise NotFound("GET /stats and GET /counts are all there is")
         return await self.operate(method, where)
 
     async def metrics(self) -> str:
         """The page of all workers."""
-        for number, status, body in await self._ask_all("/metrics", "GET"):
-            if status == 200:
-                self._pages[number] = body.decode()
-        alive = [self._pages[worker.number] for worker in self.workers if worker.number in self._pages]
+        alive = [page.decode() for page in await self._latest("/metrics", self._pages)]
         restarts = sum(worker.restarts for worker in self.workers)
         ready = sum(worker.ready.is_set() for worker in self.workers)
         return self._combined.page(alive) + (
@@ -276,7 +284,24 @@ class Supervisor:
         """Fetches the counts of all workers now and then."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            await self.metrics()
+            await asyncio.gather(self._latest("/metrics", self._pages), self._latest("/counts", self._counts))
+
+    async def _latest(self, where: str, known: dict[int, bytes]) -> list[bytes]:
+        """The counts of all workers, now or, of one that does not answer, as they were; kept in ``known``."""
+
+        async def one(worker: Worker) -> None:
+            pid = worker.pid
+            try:
+                status, body = await ask(worker.socket, where, timeout=_COUNT_SECONDS)
+            except OSError as error:
+                _log.warning("worker %d does not answer: %s", worker.number, error)
+                return
+            # What a process said that has ended since is in the sum already.
+            if status == 200 and pid is not None and worker.pid == pid:
+                known[worker.number] = body
+
+        await asyncio.gather(*(one(worker) for worker in self.workers if worker.ready.is_set()))
+        return [known[worker.number] for worker in self.workers if worker.number in known]
 
     async def _ask_all(self, where: str, method: str) -> list[tuple[int, int, bytes]]:
         """Number, status and body of all that answer."""
