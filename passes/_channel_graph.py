@@ -194,6 +194,9 @@ class ChannelGraph:
                 self.axes[value][axis] = None
                 self.whole[value, axis] = reason
             self.atoms.freeze(self.axes[value][axis], reason)
+        for parts in self.merged.get(value, {}).values():
+            for _, labels in parts:
+                self.atoms.freeze(labels, reason)
 
     def set(self, value: ir.Value, axes: Sequence[Labels]) -> None:
         """Says which atoms the axes of a node's output carry."""

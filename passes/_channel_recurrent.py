@@ -22,7 +22,7 @@ from passes.base import label
 #: gates, each with a row of W and R for a unit
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 _MOVES = ("Expand", "Slice", "Identity", "Cast", "Unsqueeze", "Squeeze", "Reshape", "Transpose")
-_STATES = (5, 6)
+_LENGTHS, _STATES, _PEEPHOLES = 4, (5, 6), 7
 
 
 def recurrent(graph: ChannelGraph, node: ir.Node) -> None:
@@ -30,7 +30,7 @@ def recurrent(graph: ChannelGraph, node: ir.Node) -> None:
     x, w, r, bias = (given(node, index) for index in range(4))
     sizes, of_x = graph.dims(r), graph.of(x)
     hidden = None if sizes is None or len(sizes) != 3 else sizes[2]
-    fixed = all(value is None or constant(value) is not None for value in (w, r, bias, given(node, 7)))
+    fixed = all(value is None or constant(value) is not None for value in (w, r, bias, given(node, _PEEPHOLES)))
     if x is None or w is None or r is None or not fixed or not isinstance(hidden, int) or of_x is None:
         return graph.opaque(node, f"{label(node)}: its weights are computed, or shapes are not known")
     if attribute_int(node, "layout", 0) != 0:
@@ -39,6 +39,15 @@ def recurrent(graph: ChannelGraph, node: ir.Node) -> None:
     graph.role(w, 1, "out", node)
     graph.contract(node, x, 2, w, 2)
     graph.atoms.freeze(of_x[0], f"{label(node)} goes along it")
+    batch = of_x[1]
+    if any(given(node, index) is not None for index in (_LENGTHS, *_STATES)):
+        graph.atoms.freeze(batch, f"{label(node)} has lengths or states for each of it")
+        batch = None
+    fixed_axes = [(w, 0), (r, 0), (bias, 0), (given(node, _PEEPHOLES), 0)]  # directions
+    fixed_axes += [(given(node, index), axis) for index in _STATES for axis in (0, 1)]  # and the batch
+    for value, axis in fixed_axes:
+        axes = graph.of(value)
+        graph.atoms.freeze(None if axes is None else axes[axis], why)
     of_w = graph.of(w)
     rows = None if of_w is None else of_w[1]
     units: npt.NDArray[np.int64] | None = None
@@ -53,7 +62,7 @@ def recurrent(graph: ChannelGraph, node: ir.Node) -> None:
         (r, 1, rows),
         (r, 2, units),
         (bias, 1, _times(units, 2 * GATES[node.op_type])),
-        (given(node, 7), 1, _times(units, 3)),
+        (given(node, _PEEPHOLES), 1, _times(units, 3)),
         *((given(node, index), 2, units) for index in _STATES if index not in zeros),
     ]
     for value, axis, labels in tied:
@@ -62,13 +71,13 @@ def recurrent(graph: ChannelGraph, node: ir.Node) -> None:
     graph.role(r, 2, "in", node)
     if bias is not None:
         graph.role(bias, 1, "bias", node)
-    for value in (given(node, 4), *(given(node, index) for index in zeros)):
+    for value in (given(node, _LENGTHS), *(given(node, index) for index in zeros)):
         graph.keep_whole(value, why)
     if units is not None:
         graph.rewrites.append(functools.partial(_fewer_units, node, units, tuple(zeros)))
-    graph.set(node.outputs[0], [None, None, of_x[1], units])
+    graph.set(node.outputs[0], [None, None, batch, units])
     for output in node.outputs[1:]:
-        graph.set(output, [None, of_x[1], units])
+        graph.set(output, [None, batch, units])
 
 
 def _times(units: npt.NDArray[np.int64] | None, count: int) -> npt.NDArray[np.int64] | None:

@@ -298,12 +298,17 @@ def _plan_of_shape(
     shape = given(node, 1)
     target = integers(shape)
     inside = {axis: [labels for _, labels in parts if labels is not None] for axis, parts in merged.items()}
-    if target is not None:
-        return functools.partial(_rewrite_shape, node, target, axes, inside)
     old, new = graph.dims(node.inputs[0]), graph.dims(node.outputs[0])
     assert old is not None
     assert new is not None
     copied = attribute_int(node, "allowzero", 0) == 0
+    if target is not None:
+        # A size that is copied may be that of another axis which happens to be as long, and is cut.
+        told = [
+            size if entry == 0 and copied and isinstance(size, int) else entry
+            for entry, size in zip(target, new, strict=True)
+        ]
+        return functools.partial(_rewrite_shape, node, tuple(told), axes, inside)
     entries: list[int] = []
     for axis, size in enumerate(new):
         if isinstance(size, int) and size > 0:

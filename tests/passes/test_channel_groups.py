@@ -445,6 +445,20 @@ def test_sizes_that_are_computed_stay_those_of_the_whole_graph() -> None:
     assert "Add" in [node.op_type for node in model.graph if node.outputs[0].name == "s_adjusted"]
 
 
+@pytest.mark.parametrize("x", ["3, 8, 4", "N, 8, 4"])
+def test_a_copied_size_that_is_by_chance_that_of_the_channels(x: str) -> None:
+    """The second 0 copies the 8 channels for an axis that is the 8 steps."""
+    constants = {"w": weight(4, 8), "wo": weight(8, 5), "shape": np.array([0, 1, 0, 8])}
+    model, _ = prove(graph("a = MatMul (x, w) r = Reshape (a, shape) y = MatMul (r, wo)", constants, x=x))
+    assert shapes(model)["w"] == (4, 4)
+
+
+@pytest.mark.parametrize("end", ["y = Reshape (a, one)", "r = Reshape (a, one) y = Relu (r)"])
+def test_channels_that_are_merged_with_the_batch_in_an_output_stay(end: str) -> None:
+    proto = graph(f"a = MatMul (x, w) {end}", {"w": weight(4, 8), "one": np.array([-1])}, x="N, 6, 4")
+    assert not find_groups(ir.from_proto(proto))
+
+
 def test_two_sizes_unknown_in_a_computed_shape() -> None:
     """Copied sizes need no number; heads are cut behind a Reshape whose target is computed from the input's sizes."""
     body = (

@@ -90,3 +90,33 @@ def test_units_that_stay(name: str) -> None:
     members = {m.value for g in analysis.groups for m in g.members if "out" in m.roles}
     assert not members & {"w", "r"}
     assert any(word in each.reason for each in analysis.declined)
+
+
+def test_a_state_that_a_layer_makes_keeps_its_directions_and_its_batch() -> None:
+    """The channels of ``ws`` are directions and units, those of ``wb`` the batch of the state; all units are needed."""
+    data = constants("GRU", 2) | {
+        "wb": weight(2, 5, seed=1),
+        "ws": weight(6, 2 * HIDDEN, seed=2),
+        "apart": np.array([2, 2, HIDDEN]),
+        "none": np.array(0),
+    }
+    state = (
+        "m = MatMul (wb, e) c = MatMul (m, ws) d = Reshape (c, apart) h0 = Transpose <perm = [1, 0, 2]> (d) "
+        f'hs = GRU <hidden_size = {HIDDEN}, direction = "bidirectional"> (i, w, r, b, , h0) y = Softmax (hs)'
+    )
+    body = f"i = MatMul (x, wi) e = Gather <axis = 1> (x, none) {state}"
+    model, cut = prove(graph(body, data, x="5, 2, 6"))
+    assert list(cut.channels) == ["MatMul -> i"]
+    assert shapes(model)["ws"] == (6, 2 * HIDDEN)
+
+
+def test_lengths_keep_the_batch_whole() -> None:
+    data = constants("GRU", 1) | {"wb": weight(6, 4, seed=1), "wt": weight(2, 10), "lengths": np.array([5, 3, 1, 2])}
+    data["lengths"] = data["lengths"].astype(np.int32)
+    first = "k = MatMul (x, wb) t = Transpose <perm = [0, 2, 1]> (k) i = MatMul (t, wt)"
+    cell = f"hs = GRU <hidden_size = {HIDDEN}> (i, w, r, b, lengths)"
+    end = "z = Transpose <perm = [0, 1, 3, 2]> (hs) y = MatMul (z, wl)"
+    data["wl"] = weight(4, 5)
+    model, cut = prove(graph(f"{first} {cell} {end}", data, x="5, 2, 6"))
+    assert cut.count
+    assert shapes(model)["wb"] == (6, 4)
