@@ -111,6 +111,26 @@ def test_python_files_of_the_users_folder_are_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "was_run").exists()
 
 
+def test_an_interrupt_while_modules_are_imported_ends_at_once(tmp_path: Path) -> None:
+    """Native modules abort the process where an exception comes up inside them: none may come up."""
+    code = (
+        "import os, signal, sys\n"
+        "class Native:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'numpy':\n"
+        "            try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "            except BaseException: os.abort()\n"
+        "sys.meta_path.insert(0, Native())\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from toolchain.__main__ import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", code, "optimize", "net.onnx", "-o", "out.onnx"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "interrupted before anything was begun\n"
+
+
 def test_every_target_that_works_here_builds(tmp_path: Path) -> None:
     save(conv_net(), tmp_path / "net.onnx")
     working = [name for name, state in toolchain_json("targets").items() if state["available"]]
