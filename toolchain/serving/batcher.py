@@ -194,7 +194,7 @@ class Batcher:
         Args:
             now: ``time.monotonic()``.
         """
-        return self._kept.due(now)
+        return self._kept.due(now, running=self._running > 0)
 
     async def trim(self, now: float) -> None:
         """Has the session give back the memory that it keeps, in a thread. Requests are answered meanwhile.
@@ -202,7 +202,7 @@ class Batcher:
         Raises:
             Error: the runtime failed, or the session was closed.
         """
-        self._kept.given_back(now, running=self._running > 0)
+        self._kept.given_back(now)
         await asyncio.get_running_loop().run_in_executor(self._executor, self._session.trim)
 
     def separate(self) -> None:
@@ -368,8 +368,6 @@ class Batcher:
         self._started[number] = (sum(waiting.rows for waiting in batch), began)
         loop = asyncio.get_running_loop()
         inputs, rows = [waiting.request.inputs for waiting in batch], [waiting.rows for waiting in batch]
-        # Short runs on the loop are not counted: they take little.
-        self._kept.ran(sum([array.nbytes for arrays in inputs for array in arrays.values()]))
 
         def work() -> None:
             runs = run_together(self._session, self._layout, inputs, rows)
@@ -387,6 +385,8 @@ class Batcher:
         took = time.monotonic_ns() - began
         self._running -= 1
         self._in_runs -= len(batch)
+        # Short runs on the loop are not counted: they take little.
+        self._kept.ran(sum([array.nbytes for waiting in batch for array in waiting.request.inputs.values()]))
         if len(runs) == 1 and runs[0].error is None:
             self._learn(batch, rows, took, runs[0])
         for run in runs:

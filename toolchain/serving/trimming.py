@@ -24,19 +24,23 @@ class Kept:
     def __init__(self) -> None:
         self._most = 0  # of one run, since it was given back
         self._recent = 0  # of one run, since the window began
-        self._before = 0  # of one run, in the window before
         self._ran = False  # since it was last looked at
         self._began = self._last = float("-inf")
 
     def ran(self, size: int) -> None:
-        """A run began that was fed with so many bytes."""
+        """A run ended that was fed with so many bytes: what it took is kept from now on."""
         self._ran = True
         if size > self._recent:
             self._recent = size
 
-    def due(self, now: float) -> bool:
-        """Whether what is kept is to be given back now. Asked a few times a second."""
-        if self._ran:
+    def due(self, now: float, *, running: bool) -> bool:
+        """Whether what is kept is to be given back now. Asked a few times a second.
+
+        Args:
+            now: the time.
+            running: a run goes on, which may take as long as it likes: that is not to be idle.
+        """
+        if self._ran or running:
             self._ran, self._last = False, now
         if self._recent > self._most:
             self._most = self._recent
@@ -51,11 +55,11 @@ class Kept:
         self._turn(now)
         return False
 
-    def given_back(self, now: float, *, running: bool) -> None:
-        """It is given back now, but what a run that goes on uses."""
-        self._most = max(self._recent, self._before) if running else 0
+    def given_back(self, now: float) -> None:
+        """It is given back now, but what runs that go on use: that is told as they end."""
+        self._most = 0
         self._turn(now)
 
     def _turn(self, now: float) -> None:
         """The next window begins."""
-        self._began, self._before, self._recent = now, self._recent, 0
+        self._began, self._recent = now, 0

@@ -27,16 +27,16 @@ MANY = np.ones((64, 2), np.float32)
 
 def test_given_back_when_nothing_ran_for_a_while_and_only_once() -> None:
     kept = Kept()
-    assert not kept.due(0.0)
+    assert not kept.due(0.0, running=False)
     kept.ran(100)
-    assert not kept.due(1.0)
-    assert not kept.due(1.0 + 0.9 * IDLE_S)
+    assert not kept.due(1.0, running=False)
+    assert not kept.due(1.0 + 0.9 * IDLE_S, running=False)
     kept.ran(1)
-    assert not kept.due(1.0 + 1.1 * IDLE_S)
-    assert kept.due(1.0 + 2.2 * IDLE_S)
-    assert kept.due(1.0 + 2.3 * IDLE_S), "it was not done yet"
-    kept.given_back(1.0 + 2.3 * IDLE_S, running=False)
-    assert not kept.due(100 * IDLE_S)
+    assert not kept.due(1.0 + 1.1 * IDLE_S, running=False)
+    assert kept.due(1.0 + 2.2 * IDLE_S, running=False)
+    assert kept.due(1.0 + 2.3 * IDLE_S, running=False), "it was not done yet"
+    kept.given_back(1.0 + 2.3 * IDLE_S)
+    assert not kept.due(100 * IDLE_S, running=False)
 
 
 def ticks(kept: Kept, sizes: Callable[[int], int], seconds: float, start: float) -> list[float]:
@@ -45,8 +45,8 @@ def ticks(kept: Kept, sizes: Callable[[int], int], seconds: float, start: float)
     for second in range(int(seconds)):
         if size := sizes(second):
             kept.ran(size)
-        if kept.due(start + second):
-            kept.given_back(start + second, running=False)
+        if kept.due(start + second, running=False):
+            kept.given_back(start + second)
             found.append(start + second)
     return found
 
@@ -61,12 +61,20 @@ def test_given_back_when_all_that_runs_is_much_smaller() -> None:
     assert ticks(kept, lambda second: 1 if second % 20 else 102, 6 * WINDOW_S, 3000.0) == [], "large ones come often"
 
 
-def test_what_runs_meanwhile_is_looked_at_again() -> None:
+def test_a_run_that_takes_long_is_not_idleness_and_what_it_took_is_given_back_after_it() -> None:
     kept = Kept()
     kept.ran(100)
-    kept.due(0.0)
-    kept.given_back(0.0, running=True)  # memory was short, and the large run went on
-    assert len(ticks(kept, lambda _: 1, 3 * WINDOW_S, 1.0)) == 1
+    now = 0.0
+    while now < 0.9 * WINDOW_S:  # one run, which takes longer than a server may be idle
+        assert not kept.due(now, running=True)
+        now += IDLE_S / 4
+    kept.given_back(now)  # memory was short, and the run went on
+    for _ in range(20):
+        assert not kept.due(now, running=True)
+        now += WINDOW_S
+    kept.ran(100)
+    assert not kept.due(now, running=False)
+    assert kept.due(now + IDLE_S, running=False)
 
 
 async def held(models: Models) -> int:
@@ -137,6 +145,35 @@ def test_memory_that_is_short_is_given_back_before_anybody_is_evicted(
             await until(lambda: memory.resident_bytes() - before < 30 * MB)
             assert models.resources()["evictions"] == 0
             assert (await models.infer(request("a"))).version == "1"
+
+    asyncio.run(run())
+
+
+def test_a_run_that_is_longer_than_idleness_keeps_its_memory_until_it_ends(
+    proved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("toolchain.serving.models._TICK_S", 0.01)
+    monkeypatch.setattr(trimming, "IDLE_S", 0.1)
+
+    async def run() -> None:
+        async with serving(proved, defaults=AT_ONCE) as models:
+            loaded = models.loaded("a")
+            assert loaded is not None
+            await until(lambda: not loaded.keeps_too_much(time.monotonic()))
+            before, run = models.resources()["trims"], loaded.session.run
+
+            def slow(feeds: object) -> object:
+                answer = run(feeds)  # type: ignore[arg-type]
+                time.sleep(0.5)
+                return answer
+
+            monkeypatch.setattr(loaded.session, "run", slow)
+            asked = asyncio.create_task(models.infer(request("a", x=MANY)))
+            await asyncio.sleep(0.4)
+            assert not asked.done()
+            assert models.resources()["trims"] == before
+            await asked
+            await until(lambda: models.resources()["trims"] > before)
 
     asyncio.run(run())
 
