@@ -127,9 +127,11 @@ class Changeover:
             why = known.barred.get(fingerprint(key))
             if why is None or self.lineup.rejected.why(key) is not None:
                 continue
-            if candidate is not None and candidate.key == key:
-                self.roll_back(f"by another worker: {why}")
-            elif stable is None or stable.key != key:
+            if key in [entry.key for entry in (candidate, stable) if entry is not None]:
+                # Also one that passed here: which version answers is not to depend on the worker.
+                with contextlib.suppress(NotFound):  # this one has no other
+                    self.roll_back(f"by another worker: {why}", tell=False)
+            else:
                 self.lineup.rejected.bar(key, f"rolled back by another worker: {why}")
 
     def reconcile(self) -> None:
@@ -154,8 +156,12 @@ class Changeover:
         if self._task is None and self.lineup.rejected.due(now_ns):
             self.reconcile()
 
-    def roll_back(self, why: str) -> str:
+    def roll_back(self, why: str, *, tell: bool = True) -> str:
         """Ends a trial, or goes back from the version in service to the one below it on disk.
+
+        Args:
+            why: in words.
+            tell: other workers, who do the same.
 
         Returns:
             The version that is gone back to.
@@ -171,7 +177,8 @@ class Changeover:
                 if stable.version.number < one.number < failed.version.number:
                     passed_over = f"passed over: version {failed.version.number} was rolled back"
                     self.lineup.rejected.bar_too(entry_key(one, self.lineup.options), passed_over)
-            self._standing.bars(self.lineup.name, failed.key, why)
+            if tell:
+                self._standing.bars(self.lineup.name, failed.key, why)
             self._standing.serves(stable.version)
             self._note(failed, stable, "rolled back", why)
             self._retire(failed)
@@ -188,7 +195,8 @@ class Changeover:
         if current is None or not older:
             raise NotFound(f"model {self.lineup.name!r} has no version to go back to")
         self.lineup.rejected.bar(current.key, f"rolled back: {why}")
-        self._standing.bars(self.lineup.name, current.key, why)
+        if tell:
+            self._standing.bars(self.lineup.name, current.key, why)
         self.reconcile()
         return str(older[-1].number)
 

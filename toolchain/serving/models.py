@@ -82,6 +82,7 @@ class Models:
         self._disk = concurrent.futures.ThreadPoolExecutor(1, "serving-disk")
         self._standing = Standing(shared, self._disk)
         self._known: dict[str, Known] = {}
+        self._forgiven = 0
         self._cache = ResultCache(options.result_cache) if options.result_cache.max_bytes else None
         caps = [cap for cap in (options.max_memory, _share_of_machine(options.workers)) if cap is not None]
         cap = min(caps, default=None)
@@ -238,6 +239,7 @@ class Models:
         """
         if model in self._models:
             self._models[model].forgive()
+            self._forgiven += 1
         await self.refresh()
         found = self._model(model)
         entry = found.lineup.pick("")
@@ -291,8 +293,12 @@ class Models:
 
     async def _look(self) -> Snapshot:
         loop = asyncio.get_running_loop()
-        self._known = await loop.run_in_executor(self._disk, self._standing.read)
-        return await loop.run_in_executor(self._disk, self.source.scan, self.options.defaults)
+        forgiven = self._forgiven
+        known = await loop.run_in_executor(self._disk, self._standing.read)
+        snapshot = await loop.run_in_executor(self._disk, self.source.scan, self.options.defaults)
+        # What was read before an operator forgave it would be held against the version again.
+        self._known = known if forgiven == self._forgiven else {}
+        return snapshot
 
     def _take(self, snapshot: Snapshot) -> None:
         for remark in sorted(set(snapshot.remarks) - self._remarks):

@@ -13,12 +13,15 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from toolchain.serving.repository import Version
 from toolchain.serving.residency import Key
+
+_log = logging.getLogger(__name__)
 
 _IN_SERVICE, _BARRED = "in-service", "barred"
 
@@ -66,7 +69,8 @@ class Standing:
     def forgives(self, model: str) -> None:
         """What was rolled back of a model may be tried again."""
         if self._folder is not None:
-            self._disk.submit(self._remove, self._folder, model)
+            with contextlib.suppress(RuntimeError):  # as in _write
+                self._disk.submit(self._remove, self._folder, model)
 
     def read(self) -> dict[str, Known]:
         """What is known now, by model. Blocks."""
@@ -100,5 +104,8 @@ class Standing:
 def _replace(path: Path, text: str) -> None:
     """Names of models hold no ``@``, so what is being written is none of them."""
     arriving = path.with_name(f"{os.getpid()}.arriving")
-    arriving.write_text(text)
-    arriving.rename(path)
+    try:
+        arriving.write_text(text)
+        arriving.rename(path)
+    except OSError as error:
+        _log.error("other workers are not told of %s, and may serve another version: %s", path.name, error)

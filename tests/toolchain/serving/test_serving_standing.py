@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from versions_support import factor_of, reason, request, scaled, serving, until,
 
 from toolchain.serving.models import Models
 from toolchain.serving.options import ModelOptions, Rollout
+from toolchain.serving.repository import Snapshot
 
 #: A trial that ends by what fails in it only.
 TRIAL = ModelOptions(rollout=Rollout(canary=0.5, trial_seconds=600, trial_requests=1, max_p99_ratio=None))
@@ -60,6 +63,85 @@ def test_what_one_worker_rolled_back_is_rolled_back_in_all_and_not_tried_by_a_ne
                 await until(lambda: again.switches[-1]["what"] == "trial")
         async with serving(root, defaults=TRIAL) as alone:
             assert alone.info("a").version == "3", "a server that is started anew knows of nothing"
+
+    asyncio.run(run())
+
+
+def test_what_passed_here_goes_back_too_and_the_reason_is_told_once(places: tuple[Path, Path]) -> None:
+    """Which version answers does not depend on the worker: not even where a trial ended well."""
+    root, shared = places
+    at_once = TRIAL.model_copy(update={"rollout": Rollout(trial_seconds=0, trial_requests=0)})
+    write(root, 2)
+
+    async def run() -> None:
+        async with (
+            serving(root, defaults=TRIAL, shared=shared) as one,
+            serving(root, defaults=at_once, shared=shared) as other,
+        ):
+            write(root, 3, graph=FAILS)
+            await until(lambda: one.switches[-1]["what"] == "trial")
+            await until(lambda: other.switches[-1]["to"] == "3")
+            for _ in range(40):
+                await ask(one, 5.0)
+            await until(lambda: one.switches[-1]["what"] == "rolled back")
+            why = one.switches[-1]["why"]
+            await until(lambda: other.switches[-1]["to"] == "2")
+            assert {await ask(other, 1.0) for _ in range(10)} == {2.0}
+            assert reason(other, "a", "3") == f"rolled back: by another worker: {why}"
+            async with serving(root, defaults=TRIAL, shared=shared) as third:
+                assert reason(third, "a", "3") == f"rolled back by another worker: {why}"
+
+    asyncio.run(run())
+
+
+def test_what_is_forgiven_while_the_repository_is_looked_at_stays_so(
+    places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, shared = places
+    write(root, 2)
+
+    async def run() -> None:
+        async with serving(root, defaults=TRIAL, shared=shared) as models:
+            write(root, 3)
+            await until(lambda: models.switches[-1]["what"] == "trial")
+            await models.rollback("a")
+            await until(lambda: any("barred" in path.name for path in shared.iterdir()))
+            going, look = asyncio.Event(), models.source.scan
+            loop, free = asyncio.get_running_loop(), threading.Event()
+
+            def slow(defaults: ModelOptions) -> Snapshot:
+                loop.call_soon_threadsafe(going.set)
+                assert free.wait(10)
+                return look(defaults)
+
+            monkeypatch.setattr(models.source, "scan", slow)
+            going.clear()
+            await going.wait()  # what was rolled back is read, and not yet taken
+            asked = asyncio.create_task(models.load("a"))
+            await asyncio.sleep(0)
+            free.set()
+            await asked
+            assert models.switches[-1]["what"] == "trial"
+            await asyncio.sleep(0.3)
+            assert (models.switches[-1]["what"], reason(models, "a", "3")) == ("trial", "on trial")
+
+    asyncio.run(run())
+
+
+def test_a_fact_that_cannot_be_written_is_complained_of(
+    places: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    root, shared = places
+    write(root, 2)
+
+    async def run() -> None:
+        async with serving(root, defaults=TRIAL, shared=shared) as models:
+            (shared / f"{os.getpid()}.arriving").mkdir()
+            write(root, 3)
+            await until(lambda: models.switches[-1]["what"] == "trial")
+            await models.rollback("a")
+            await until(lambda: "other workers are not told" in caplog.text)
+            assert factor_of(await models.infer(request("a"))) == 2.0
 
     asyncio.run(run())
 
