@@ -18,7 +18,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
@@ -35,6 +34,7 @@ from toolchain.serving import (
     http_app,
     memory,
     metrics_page,
+    own_folder,
     page_routes,
     repository,
     stats,
@@ -354,7 +354,12 @@ async def running(
         if tracing.asked(options.trace):
             observer.tracer = tracing.Tracer()
             stack.callback(observer.tracer.stop)
-        shared = None if place is None else place.folder / "standing"
+        shared = None
+        if place is not None:
+            stack.enter_context(
+                own_folder.held(place.folder)
+            )  # also when the supervisor is killed, until this one goes
+            shared = place.folder / "standing"
         models = Models(options, repository.open_source(path), shared=shared)
         if options.max_memory is not None and (own_bytes := memory.resident_bytes()) >= options.max_memory:
             raise CannotServe(
@@ -371,8 +376,7 @@ async def running(
         regions = None
         if options.shared_memory:
             # Of several workers the supervisor has the folder, which goes with it.
-            folder = str(place.folder) if place else stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-"))
-            regions = Regions(Path(folder) / "regions", held)
+            regions = Regions((place.folder if place else stack.enter_context(own_folder.made())) / "regions", held)
         wanted = auth if auth.wanted else None
         everywhere = None if place is None else place.counts
         app = http_app.make_app(

@@ -23,14 +23,13 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from toolchain import child
-from toolchain.serving import admin, counts, metrics_page, stats
+from toolchain.serving import admin, counts, metrics_page, own_folder, stats
 from toolchain.serving.auth import Auth
 from toolchain.serving.base import NotFound, Unavailable
 from toolchain.serving.control import ask, supervisor_socket, worker_socket
@@ -360,8 +359,7 @@ async def supervise(path: Path, options: ServerOptions, *, ready: Callable[[Port
         options = _reserve(options, stack)
         admin_auth = Auth(None if options.admin_tokens is None else Path(options.admin_tokens))
         warn_about(options)
-        folder = Path(tempfile.mkdtemp(prefix="serve-"))  # 0700
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder = stack.enter_context(own_folder.made())
         watcher = Supervisor(path, options, folder)
         https: list[HttpServer] = []
         found: dict[str, int] = {}
