@@ -133,14 +133,15 @@ def test_memory_that_is_short_is_given_back_before_anybody_is_evicted(
     monkeypatch.setattr("toolchain.serving.models._TICK_S", 0.01)
     monkeypatch.setattr("toolchain.serving.relief._STEP_S", 0.1)
     used = [0]
+    allowed = memory.resident_bytes() + 1000 * MB
 
     async def run() -> None:
         async with serving(
-            proved, defaults=AT_ONCE, max_memory=1000 * MB, resident=lambda: used[0] or memory.resident_bytes()
+            proved, defaults=AT_ONCE, max_memory=allowed, resident=lambda: used[0] or memory.resident_bytes()
         ) as models:
             before = memory.resident_bytes()
             assert await held(models) > 100 * MB
-            used[0] = 870 * MB
+            used[0] = round(0.87 * allowed)
             await until(lambda: models.resources()["trims"] >= 1)
             await until(lambda: memory.resident_bytes() - before < 30 * MB)
             assert models.resources()["evictions"] == 0
