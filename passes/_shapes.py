@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx
@@ -54,11 +54,14 @@ def inferred(model: ir.Model) -> onnx.ModelProto:
     """
     proto, _ = skeleton(model)
     try:
-        return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+        result = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
         raise PassFailed(
             f"shape inference refuses the graph: {error}", hint="check the model with onnx.checker"
         ) from error
+    if any(node.op_type == "SequenceAt" for node in result.graph.node):
+        _forget_invented_names(result.graph, {dim.dim_param for dim in _dimensions(proto.graph)})
+    return result
 
 
 def infer_shapes(model: ir.Model) -> bool:
@@ -75,12 +78,24 @@ def infer_shapes(model: ir.Model) -> bool:
     return _merge(model.graph, inferred(model).graph)
 
 
+def _dimensions(graph: onnx.GraphProto) -> Iterator[onnx.TensorShapeProto.Dimension]:
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        yield from value.type.tensor_type.shape.dim
+
+
 def _forget_negative_dimensions(graph: onnx.GraphProto) -> None:
     """Some exporters write -1 for a dimension that they do not know; onnx would calculate with it."""
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        for dimension in value.type.tensor_type.shape.dim:
-            if dimension.dim_value < 0:
-                dimension.ClearField("dim_value")
+    for dimension in _dimensions(graph):
+        if dimension.dim_value < 0:
+            dimension.ClearField("dim_value")
+
+
+def _forget_invented_names(graph: onnx.GraphProto, known: set[str]) -> None:
+    """onnx's inference gives all tensors of a sequence one name for a size that differs among them, and what is
+    computed from them too. Runtimes reuse buffers by names."""
+    for dimension in _dimensions(graph):
+        if dimension.dim_param and dimension.dim_param not in known:
+            dimension.ClearField("dim_param")
 
 
 def _merge(graph: ir.Graph, proto: onnx.GraphProto) -> bool:

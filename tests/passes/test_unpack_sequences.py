@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 from pass_support import check, ops, parse, run_ort
 
+from passes.fold_constants import FoldConstants
 from passes.unpack_sequences import UnpackSequences
 
 NUMBERS = {
@@ -109,6 +110,22 @@ def test_declines(body: str, y: str, reason: str) -> None:
     _, outcome = check(proto, UnpackSequences(), fired=0, run=run_ort)
     assert len(outcome.declined) == 1
     assert reason in outcome.declined[0].reason
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_parts_of_unequal_sizes_do_not_share_a_name_for_them(told: bool) -> None:
+    """As they do in onnx's shape inference; ONNX Runtime reuses buffers by names, and ends in an error then."""
+    body = (
+        "s = SplitToSequence <axis = 1> (x, sizes) a = SequenceAt (s, zero) b = SequenceAt (s, last) "
+        "c = Relu (a) d = Relu (b) y = Concat <axis = 1> (d, c)"
+    )
+    proto = graph(body)
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto) if told else proto)
+    FoldConstants()(model)  # which fills in shapes
+    assert UnpackSequences()(model).modified
+    sizes = {value.name: value.shape[1] for n in model.graph for value in n.outputs if value.shape is not None}
+    assert [sizes[f"s_part{end}"] for end in ("", "_1")] == [1, 5]
+    assert told or sizes["c"] != sizes["d"] or sizes["c"] == ir.SymbolicDim(None)
 
 
 def test_a_part_that_does_not_exist() -> None:
