@@ -140,12 +140,14 @@ def _split(scope: Scope, node: ir.Node, sizes: tuple[int, ...], names: Names) ->
     else:
         inputs.append(new_constant(scope, np.array(sizes, np.int64), names.fresh(f"{name}_sizes"), before=node))
     made = ir.Node("", "Split", inputs, attributes, num_outputs=len(sizes), name=node.name)
-    whole, axis = dims(node.inputs[0]), attribute_int(node, "axis", 0)
+    x, axis = node.inputs[0], attribute_int(node, "axis", 0)
+    whole = dims(x)
     for value, size in zip(made.outputs, sizes, strict=True):
         value.name = names.fresh(f"{name}_part")
-        if whole is not None and axis is not None:
+        if x is not None and x.type is not None and whole is not None and axis is not None:
             # What was known of the sequence is the same for all its parts, and wrong where they differ.
             axis %= len(whole)
+            value.type = x.type
             value.shape = ir.Shape([*whole[:axis], size, *whole[axis + 1 :]])
     scope.graph.insert_before(node, made)
     return list(made.outputs)

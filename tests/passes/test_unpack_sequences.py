@@ -128,6 +128,14 @@ def test_parts_of_unequal_sizes_do_not_share_a_name_for_them(told: bool) -> None
     assert told or sizes["c"] != sizes["d"] or sizes["c"] == ir.SymbolicDim(None)
 
 
+def test_a_part_that_nothing_reads_has_a_type() -> None:
+    """A shape without one cannot be written, and is warned about."""
+    model = ir.from_proto(graph("s = SplitToSequence <axis = 1> (x, two) a = SequenceAt (s, one) y = Relu (a)"))
+    assert UnpackSequences()(model).modified
+    split = next(node for node in model.graph if node.op_type == "Split")
+    assert all(value.type is not None and value.shape is not None for value in split.outputs)
+
+
 def test_a_part_that_does_not_exist() -> None:
     proto = graph("s = SplitToSequence <axis = 1> (x, two) y = SequenceAt (s, four)")
     outcome = UnpackSequences()(ir.from_proto(proto))  # such a graph does not run
