@@ -33,9 +33,10 @@ from toolchain.serving import admin, counts, metrics_page, own_folder, stats
 from toolchain.serving.auth import Auth
 from toolchain.serving.base import NotFound, Unavailable
 from toolchain.serving.control import ask, supervisor_socket, worker_socket
+from toolchain.serving.listening import CannotServe, HttpServer, bind
 from toolchain.serving.logs import Logs
 from toolchain.serving.options import ServerOptions
-from toolchain.serving.server import CannotServe, HttpServer, Ports, bind, check_options, signals, warn_about
+from toolchain.serving.server import Ports, check_options, signals, warn_about
 
 _log = logging.getLogger("toolchain.serving")
 

@@ -269,7 +269,7 @@ def test_connections_leave_files_for_the_server_itself(limits: tuple[int, int], 
         import resource
         resource.setrlimit(resource.RLIMIT_NOFILE, {limits})
         from toolchain.serving.options import ServerOptions
-        from toolchain.serving.server import connection_limit
+        from toolchain.serving.listening import connection_limit
         print(connection_limit(ServerOptions()), *resource.getrlimit(resource.RLIMIT_NOFILE))
     """
     done = subprocess.run(

@@ -29,8 +29,9 @@ from toolchain.serving import shared_memory
 from toolchain.serving.auth import Auth
 from toolchain.serving.base import AlreadyExists, InvalidRequest, NotFound, Overloaded
 from toolchain.serving.limits import Bytes
+from toolchain.serving.listening import CannotServe
 from toolchain.serving.options import ServerOptions
-from toolchain.serving.server import CannotServe, check_options
+from toolchain.serving.server import check_options
 from toolchain.serving.shared_memory import MEMORY, Regions, Span
 
 pytestmark = pytest.mark.skipif(not MEMORY.is_dir(), reason="this system has no /dev/shm")

@@ -19,8 +19,9 @@ import pytest
 from server_support import ADD, ROOT, SLOW, Server, save, served
 
 from toolchain.serving import supervisor
+from toolchain.serving.listening import CannotServe
 from toolchain.serving.options import ServerOptions
-from toolchain.serving.server import CannotServe, Ports
+from toolchain.serving.server import Ports
 
 
 @pytest.fixture(scope="module")
