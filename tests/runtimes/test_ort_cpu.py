@@ -495,3 +495,24 @@ def test_packed_weights_begin_on_cache_lines(tmp_path: Path) -> None:
         assert session.info["file"] == compiled.prepared_file
         for got, wanted in zip(session.run(feeds).values(), run_raw(tmp_path / "m.onnx", feeds), strict=True):
             np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+# --- nothing is told to anybody
+
+
+def left_behind(folder: Path, model: Path, environment: dict[str, str]) -> list[str]:
+    """The files that a process which runs a model leaves in its home and its temporary folder."""
+    folder.mkdir()
+    places = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "TMPDIR"), str(folder))
+    # ONNX Runtime tells nothing of tests that it knows as such, which would prove nothing
+    inherited = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    code = f"import runtimes; runtimes.load({str(model)!r}).run({{'x': __import__('numpy').zeros((1, 3), 'float32')}})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=inherited | places | environment)
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_no_telemetry(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "m.onnx", RELU)
+    assert left_behind(tmp_path / "off", model, {}) == []
+    if not left_behind(tmp_path / "on", model, {"ORT_DISABLE_TELEMETRY": "0"}):
+        pytest.skip("this build of ONNX Runtime leaves nothing anyway")
