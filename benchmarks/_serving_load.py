@@ -29,6 +29,8 @@ import uvloop
 
 #: What a request that was answered rightly is counted as; others by their status, or these.
 OK, BROKEN, WRONG = "ok", "broken", "wrong answer"
+#: How a request ended, the body of its answer, and the client's port; 0 where that is not known.
+Answer = tuple[str, bytes, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,22 +126,21 @@ class Pool:
         self._free: list[Region] = []
         self._all: list[Region] = []
 
-    async def take(self) -> Region:
-        """A region with the input in it."""
+    async def send(self, model: str, send: Callable[[bytes], Awaitable[Answer]]) -> Answer:
+        """Has a request sent whose input lies in a region. That of one which was not answered may still be read: it is
+        not used again."""
         if self._free:
             region = self._free.pop()
         else:
             region = Region(f"load-{os.getpid()}-{len(self._all)}", len(self._data))
             self._all.append(region)
             await self._register(region)
-            region.bodies = {model: self._body(model, region) for model in self._models}
+            region.bodies = {each: self._body(each, region) for each in self._models}
         region.fill(self._data)
-        return region
-
-    def give(self, region: Region, status: str) -> None:
-        """Takes it back. That of a request which was not answered may still be read: it is not used again."""
-        if status not in (BROKEN, "timeout", "DEADLINE_EXCEEDED"):
+        answer = await send(region.bodies[model])
+        if answer[0] not in (BROKEN, "timeout", "DEADLINE_EXCEEDED"):
             self._free.append(region)
+        return answer
 
     async def close(self) -> None:
         for region in self._all:
@@ -182,16 +183,11 @@ class Http:
     async def _unregister(self, region: Region) -> None:
         await self._send(_post(f"/v2/systemsharedmemory/region/{region.name}/unregister", {}, b""))
 
-    async def call(self, model: str) -> tuple[str, bytes, int]:
+    async def call(self, model: str) -> Answer:
         """Sends one request; its status, the body of its answer, and the client's port; 0 where none was had."""
-        if self.pool is None:
-            return await self._send(self.bodies[model])
-        region = await self.pool.take()
-        answer = await self._send(region.bodies[model])
-        self.pool.give(region, answer[0])
-        return answer
+        return await (self._send(self.bodies[model]) if self.pool is None else self.pool.send(model, self._send))
 
-    async def _send(self, body: bytes) -> tuple[str, bytes, int]:
+    async def _send(self, body: bytes) -> Answer:
         connection = None
         while self.idle and connection is None:
             popped = self.idle.pop()
@@ -326,16 +322,11 @@ class Grpc:
         except self.errors as error:
             raise SystemExit(f"SystemSharedMemory{what}: {error.details()}") from None
 
-    async def call(self, model: str) -> tuple[str, bytes, int]:
+    async def call(self, model: str) -> Answer:
         """Sends one request; its status, its answer, and 0 for a port that is not known."""
-        if self.pool is None:
-            return await self._send(self.bodies[model])
-        region = await self.pool.take()
-        answer = await self._send(region.bodies[model])
-        self.pool.give(region, answer[0])
-        return answer
+        return await (self._send(self.bodies[model]) if self.pool is None else self.pool.send(model, self._send))
 
-    async def _send(self, body: bytes) -> tuple[str, bytes, int]:
+    async def _send(self, body: bytes) -> Answer:
         self.turn += 1
         try:
             answer = await self.methods[self.turn % len(self.methods)](body, timeout=self.job.timeout)
