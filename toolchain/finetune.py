@@ -20,15 +20,17 @@ import inspect
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import onnx_ir as ir
 
 from toolchain import user_code
+from toolchain.batch_norm import fold_back, with_batch_norm
 from toolchain.cache import digest_of
 from toolchain.errors import DataError, GraphError, SourceError, StorageError
+from toolchain.evaluate import Feeds
 from toolchain.observation import graph_digest
 from toolchain.onnx_file import read_onnx, write_onnx
 from toolchain.storage import reported, write_bytes, write_text
@@ -160,6 +162,7 @@ def fine_tune(
     *,
     dense: ir.Model | None = None,
     current: Round | None = None,
+    samples: Iterable[Feeds] | None = None,
 ) -> FineTuned:
     """Trains a pruned graph in torch, in place.
 
@@ -168,8 +171,12 @@ def fine_tune(
         loop: from ``load_loop``, or any function of module and Round.
         dense: the graph to distil from; it stays as it is.
         current: what the loop is told besides the teacher; None where there is one round and no folder.
+        samples: inputs; where they are given, convolutions are trained with BatchNormalization behind them
+            (``batch_norm.py``), which takes learning rates as a network that has it does, and keeps gaining in runs of
+            thousands of steps. None: as the graph is.
 
     Raises:
+        DataError: there are no samples in ``samples``.
         SourceError: torch is not installed, or the loop fails.
         GraphError: torch cannot compute the graph, or the trained weights are not finite; the model is as it was then.
     """
@@ -179,10 +186,14 @@ def fine_tune(
         raise SourceError(
             f"fine-tuning needs torch: {error}", hint="pip install torch, or recover by reconstruction alone"
         ) from error
-    module = to_torch(model)
+    trained = model if samples is None else with_batch_norm(model, samples)
+    module = to_torch(trained)
     teacher = None if dense is None else to_torch(dense).requires_grad_(False)
     loop(module, dataclasses.replace(current or Round(), teacher=teacher))
-    return FineTuned(write_back(module, model), module.masked)
+    changed = write_back(module, trained)
+    if trained is not model:
+        fold_back(trained, model)
+    return FineTuned(changed, module.masked)
 
 
 def trainer(text: str) -> Callable[[ir.Model, ir.Model, Round], FineTuned]:

@@ -9,9 +9,9 @@ Weights that are pruned stay so: each zero of a weight matrix or filter is held 
 
 BatchNormalization: a graph that went through the default passes has none, they are in the weights of the convolutions.
 Such a module trains with what was the running statistics frozen, which is what a short fine-tuning wants anyway, but
-learning rates have to be smaller, a tenth of what the network was trained with. To train with batch statistics, prune
-the graph before ``fuse_conv_bn``: BatchNormalization is then computed as torch does, and its running mean and variance
-come back too.
+learning rates have to be smaller, a tenth of what the network was trained with. To train with batch statistics, put it
+back for the time of training (``batch_norm.py``), or prune the graph before ``fuse_conv_bn``: BatchNormalization is
+then computed as torch does, and its running mean and variance come back too.
 """
 
 from __future__ import annotations

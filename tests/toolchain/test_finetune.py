@@ -265,3 +265,38 @@ def test_a_loop_that_diverges_leaves_the_graph(tmp_path: Path) -> None:
     with pytest.raises(GraphError, match="not finite"):
         fine_tune(pruned, diverges)
     assert all(np.array_equal(each, held[name]) for name, each in weights(pruned).items())
+
+
+def test_with_samples_it_trains_behind_batch_normalization(tmp_path: Path) -> None:
+    """The loop sees statistics, and the graph keeps its nodes and computes what the trained module did."""
+    pytest.importorskip("torch")
+    pruned, rng = model(), np.random.default_rng(1)
+    PruneChannels(ratio=0.5)(pruned)
+    samples = [{"x": rng.standard_normal((6, 3, 6, 6)).astype(np.float32)} for _ in range(2)]
+    seen: list[Any] = []
+
+    def loop(module: Any, current: Round) -> None:
+        import torch
+
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        module.train()
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(torch.from_numpy(samples[0]["x"])).square().mean().backward()
+            optimizer.step()
+        module.eval()
+        with torch.no_grad():
+            seen.append(module(torch.from_numpy(samples[1]["x"])).numpy())
+        seen.append([name for name in module.state_dict() if name.endswith("_var")])
+
+    before, nodes, names = weights(pruned), [node.op_type for node in pruned.graph], sorted(pruned.graph.initializers)
+    done = fine_tune(pruned, loop, samples=samples)
+    assert seen[1] == ["c_var"]
+    assert done.changed >= 5
+    assert [node.op_type for node in pruned.graph] == nodes
+    assert sorted(pruned.graph.initializers) == names
+    assert not np.allclose(weights(pruned)["h"], before["h"]), "what is no convolution is trained too"
+    np.testing.assert_allclose(run_reference(pruned, [samples[1]])[0]["y"], seen[0], rtol=1e-3, atol=1e-5)
+    with pytest.raises(DataError, match="no samples"):
+        fine_tune(pruned, loop, samples=[])
