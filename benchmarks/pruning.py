@@ -1,10 +1,13 @@
 """Half the multiply-accumulates of CIFAR ResNet-56: the cut, reconstruction, fine-tuning, beside Torch-Pruning.
 
     python benchmarks/pruning.py [--assets FOLDER] [--steps N] [--seeds 0 1] [--only ours peer] [--json o.json]
+    python benchmarks/pruning.py --cut inside          # ours as the peer cuts: half of the channels inside all blocks
+    python benchmarks/pruning.py --only peer --ratio 0.7    # the peer as small as it has to be to be as fast as ours
     python benchmarks/pruning.py --measure 20
 
 Ours: half of the channels inside the blocks of the second and third stage, and the five blocks of the first that change
-the logits least; then ``toolchain/reconstruct.py`` on the 1,000 training images; then fine-tuning. The peer is
+the logits least; then ``toolchain/reconstruct.py`` on the 1,000 training images; then fine-tuning, with
+BatchNormalization put back behind the convolutions meanwhile (``toolchain/batch_norm.py``). The peer is
 Torch-Pruning's MagnitudePruner (L2) on the same network in torch with the same weights, half of the channels inside all
 blocks: it cannot take out blocks, nor cut the residual streams behind shortcuts of padding. Both get the same loop:
 distillation from the dense network's logits (Hinton et al. 2015, arXiv 1503.02531), images shifted, mirrored and mixed.
@@ -23,6 +26,7 @@ import copy
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +46,7 @@ from passes._channel_blocks import find_blocks
 from passes._channel_cut import masked
 from passes._channel_groups import find_groups
 from passes.prune_channels import PruneChannels, cut_of, prepared_copy
+from toolchain.batch_norm import fold_back, with_batch_norm
 from toolchain.evaluate import run_reference
 from toolchain.metrics import tensor_error
 from toolchain.model_cost import cost_of
@@ -191,11 +196,12 @@ def least_blocks(dense: ir.Model, x: np.ndarray, count: int) -> tuple[str, ...]:
     return tuple(sorted(harm, key=lambda name: harm[name])[:count])
 
 
-def ours(dense: ir.Model, data: np.ndarray) -> ir.Model:
-    """Cut at half the MACs, not recovered."""
-    kept = [g.name for g in find_groups(dense) if len(g.layers) > 1 or g.count == 16]
+def ours(dense: ir.Model, data: np.ndarray, cut: str) -> ir.Model:
+    """Cut at half the MACs, not recovered: ``fast`` as the module says, or ``inside`` all blocks, as the peer cuts."""
+    fast = cut == "fast"
+    kept = [g.name for g in find_groups(dense) if len(g.layers) > 1 or (fast and g.count == 16)]
     model = prepared_copy(dense)
-    blocks = least_blocks(dense, data[:500], 5)
+    blocks = least_blocks(dense, data[:500], 5) if fast else ()
     PruneChannels(ratio=0.5, importance="l2", exclude=tuple(kept), blocks=blocks)(model)
     return model
 
@@ -243,7 +249,7 @@ class ResNet56(torch.nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def peer(weights: Path) -> tuple[torch.nn.Module, float]:
+def peer(weights: Path, ratio: float) -> tuple[torch.nn.Module, float]:
     """Torch-Pruning's network, not recovered, and its share of the MACs."""
     import torch_pruning
 
@@ -257,16 +263,31 @@ def peer(weights: Path) -> tuple[torch.nn.Module, float]:
         network,
         example,
         importance=torch_pruning.importance.MagnitudeImportance(p=2),
-        pruning_ratio=0.5,
+        pruning_ratio=ratio,
         ignored_layers=whole,
     ).step()
     after, _ = torch_pruning.utils.count_ops_and_params(network, example)
     return network, after / before
 
 
-def cut_ours(dense: ir.Model, data: np.ndarray, test: np.ndarray) -> tuple[ir.Model, Row]:
+def on_ort_from_torch(network: torch.nn.Module) -> ir.Model:
+    """The graph of a network, optimised as ours is: for its latency."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "peer.onnx"
+        batch = ({0: torch.export.Dim("batch", min=1)},)
+        torch.onnx.export(
+            network, (torch.randn(2, 3, 32, 32),), path, dynamo=True, input_names=["input"], dynamic_shapes=batch,
+            external_data=False, verbose=False,
+        )  # fmt: skip
+        model = ir.load(path)
+    for name in passes.DEFAULT_PIPELINE:
+        passes.make(name)(model)
+    return model
+
+
+def cut_ours(dense: ir.Model, data: np.ndarray, test: np.ndarray, cut: str) -> tuple[ir.Model, Row]:
     """Ours, not recovered, with the proof of the cut, what it saves, and latency over that of the dense graph."""
-    model = ours(dense, data)
+    model = ours(dense, data, cut)
     twin = run_reference(masked(prepared_copy(dense), cut_of(model)), [{"input": test[:50]}])
     (expected,), (found,) = twin[0].values(), run_reference(model, [{"input": test[:50]}])[0].values()
     costs = cost_of(model), cost_of(dense)
@@ -288,6 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rate", type=float, help="do not search: this learning rate")
     parser.add_argument("--decay", type=float, default=DECAYS[0], help="with --rate")
+    parser.add_argument("--cut", choices=("fast", "inside"), default="fast", help="of ours")
+    parser.add_argument("--ratio", type=float, default=0.5, help="of the peer")
     parser.add_argument("--measure", type=float, help="only how many steps of each side fit into ten minutes")
     parser.add_argument("--only", nargs="*", choices=("ours", "peer"), default=["ours", "peer"])
     parser.add_argument("--json", type=Path)
@@ -324,27 +347,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             told(side, f"{options.steps} steps, seed {seed}", done(module), seed=seed, **found)
 
     if options.measure is not None:
-        measured(to_torch(ours(dense, data)))
-        measured(peer(resnets / "resnet56-4bfd9763.th")[0])
+        measured(to_torch(with_batch_norm(ours(dense, data, options.cut), [{"input": data[:100]}])))
+        measured(peer(resnets / "resnet56-4bfd9763.th", options.ratio)[0])
         return 0
     told("dense", "as it came", top1(on_ort(dense), test, labels))
     if "ours" in options.only:
-        model, saved = cut_ours(dense, data, test)
+        model, saved = cut_ours(dense, data, test, options.cut)
         told("ours", "cut alone", top1(on_ort(model), test, labels), **saved)
         started = time.process_time()
-        reconstruct(dense, model, [{"input": data[i : i + 100]} for i in range(0, len(data), 100)])
+        batches = [{"input": data[i : i + 100]} for i in range(0, len(data), 100)]
+        reconstruct(dense, model, batches)
         told("ours", "reconstructed", top1(on_ort(model), test, labels), seconds=time.process_time() - started)
 
+        normalized = with_batch_norm(model, batches)
+
         def as_graph(module: torch.nn.Module) -> float:
-            tuned = model.clone()
-            write_back(module, tuned)  # type: ignore[arg-type]
+            tuned, found = model.clone(), normalized.clone()
+            write_back(module, found)  # type: ignore[arg-type]
+            fold_back(found, tuned)
             return top1(on_ort(tuned), test, labels)
 
         if options.steps:
-            trained("ours", lambda: to_torch(model), as_graph)
+            trained("ours", lambda: to_torch(normalized), as_graph)
     if "peer" in options.only:
-        network, share = peer(resnets / "resnet56-4bfd9763.th")
-        told("torch-pruning", "cut alone", top1(in_torch(network), test, labels), macs=share)
+        network, share = peer(resnets / "resnet56-4bfd9763.th", options.ratio)
+        quick, quartile = latency_ratio(on_ort_from_torch(network), dense, test[:1])
+        saved = {"macs": share, "latency": quick, "latency_quartile": quartile}
+        told("torch-pruning", "cut alone", top1(in_torch(network), test, labels), **saved)
         if options.steps:
             trained(
                 "torch-pruning",
