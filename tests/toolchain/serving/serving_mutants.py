@@ -1,20 +1,13 @@
-"""Malformed requests from a seed, over HTTP and gRPC, for the test of abuse."""
+"""What the malformed requests of the test of abuse share: the model, wrong sizes, shared memory that is not."""
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
 import os
 import random
-import struct
-import urllib.parse
-import zlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from tritonclient.grpc import service_pb2 as pb
 
 #: The model that they are sent to: x float32 [N, 4], k int64 [N, 2]; served with at most this many rows at once.
 MODEL, MAX_ROWS = "two", 64
@@ -24,7 +17,7 @@ K = np.array([[5, -7]], np.int64)
 #: are such things beside it, with -short a file of 8 bytes.
 REGION = f"toolchain-abuse-{os.getpid()}"
 
-_DTYPES = [
+DTYPES = [
     "BOOL",
     "UINT8",
     "INT32",
@@ -40,28 +33,11 @@ _DTYPES = [
     "🙂",
     "FP32\0",
 ]
-_SIZES = [-1, 0, 1, 15, 17, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1]
-_SHAPES = [
+SIZES = [-1, 0, 1, 15, 17, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1]
+SHAPES = [
     [], [4], [1], [1, 4, 1], [1, -4], [-1, 4], [0, 4], [4, 1], [2, 4], [1, 2**62], [2**31, 2**31, 4], [2**63 - 1, 4],
     [65, 4], [2**32, 4], [1] * 40, [1, 3], [1, 5],
 ]  # fmt: skip
-_JUNK: list[Any] = [None, True, -1, 0, 1.5, 10**400, "x", "", "1", [], [[]], {}, {"a": 1}, [None], "\ud800", "x" * 5000]
-_NAMES = [
-    "",
-    "..",
-    ".",
-    "../two",
-    "..%2f..%2fetc",
-    "%2e%2e",
-    "two/",
-    "a" * 3000,
-    "%00",
-    "two%00",
-    "TWO",
-    "%ff%fe",
-    "two.",
-    "~",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,186 +59,7 @@ class Mutant:
     harmless: bool = False
 
 
-def header() -> dict[str, Any]:
-    """The JSON of a right request with binary tensors."""
-    return {
-        "id": "7",
-        "inputs": [
-            {"name": "x", "datatype": "FP32", "shape": [1, 4], "parameters": {"binary_data_size": 16}},
-            {"name": "k", "datatype": "INT64", "shape": [1, 2], "parameters": {"binary_data_size": 16}},
-        ],
-        "outputs": [{"name": "y", "parameters": {"binary_data": True}}, {"name": "z"}],
-    }
-
-
-def post(path: str, body: bytes, headers: dict[str, str] | None = None, *, length: int | str | None = None) -> bytes:
-    """A request of HTTP/1.1 that asks for the connection to be closed."""
-    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body) if length is None else length}"]
-    lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
-    return "\r\n".join([*lines, "Connection: close", "", ""]).encode("utf-8", "surrogateescape") + body
-
-
-def binary(tree: Any, data: bytes = X.tobytes() + K.tobytes(), *, said: int | str | None = None, **more: Any) -> bytes:
-    """A request with binary tensors; ``said`` is the size of its JSON where that is a lie."""
-    text = tree if isinstance(tree, bytes) else json.dumps(tree).encode()
-    headers = {"Inference-Header-Content-Length": str(len(text) if said is None else said), **more}
-    return post(f"/v2/models/{MODEL}/infer", text + data, headers)
-
-
-def right_http() -> bytes:
-    return binary(header())
-
-
-def right_grpc() -> pb.ModelInferRequest:
-    request = pb.ModelInferRequest(model_name=MODEL, id="7")
-    request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
-    request.inputs.add(name="k", datatype="INT64", shape=[1, 2])
-    request.raw_input_contents.extend([X.tobytes(), K.tobytes()])
-    return request
-
-
-# HTTP, a function a kind; each takes the generator of random numbers.
-
-
-def _truncated(r: random.Random) -> Mutant:
-    data = X.tobytes() + K.tobytes()
-    return Mutant("truncated binary section", binary(header(), data[: r.randrange(32)]))
-
-
-def _too_much(r: random.Random) -> Mutant:
-    return Mutant(
-        "bytes after the sections", binary(header(), X.tobytes() + K.tobytes() + r.randbytes(r.randint(1, 99)))
-    )
-
-
-def _lying_size(r: random.Random) -> Mutant:
-    tree = header()
-    tree["inputs"][r.randrange(2)]["parameters"]["binary_data_size"] = r.choice([*_SIZES, *_JUNK[1:]])
-    return Mutant("lying binary_data_size", binary(tree))
-
-
-def _shifted_sizes(r: random.Random) -> Mutant:
-    tree, by = header(), r.choice([-16, -8, -1, 1, 8, 16])
-    tree["inputs"][0]["parameters"]["binary_data_size"] += by
-    tree["inputs"][1]["parameters"]["binary_data_size"] -= by
-    return Mutant("sizes that fit only together", binary(tree))
-
-
-def _lying_header(r: random.Random) -> Mutant:
-    right = len(json.dumps(header()))
-    wrong = [
-        -1,
-        0,
-        1,
-        right - 1,
-        right + 1,
-        right + 16,
-        right + 33,
-        2**31,
-        2**63,
-        10**30,
-        "",
-        "x",
-        "1e3",
-        "0x10",
-        "+5",
-        "1_0",
-        "\u0663",
-    ]
-    return Mutant("lying Inference-Header-Content-Length", binary(header(), said=r.choice(wrong)))
-
-
-def _dtype(r: random.Random) -> Mutant:
-    tree = header()
-    spec = tree["inputs"][r.randrange(2)]
-    spec["datatype"] = r.choice([d for d in _DTYPES if d != spec["datatype"]] + _JUNK)
-    return Mutant("wrong dtype", binary(tree))
-
-
-def _shape(r: random.Random) -> Mutant:
-    tree = header()
-    spec = tree["inputs"][r.randrange(2)]
-    wrong = [s for s in _SHAPES if s != spec["shape"]]
-    spec["shape"] = r.choice([*wrong, *_JUNK, [1.0, 4.0], [True, 4], ["1", "4"], [[1, 4]], [1, 4, None], [10**400, 4]])
-    return Mutant("wrong shape", binary(tree))
-
-
-def _matching_shape(r: random.Random) -> Mutant:
-    tree, rows = header(), r.choice([0, MAX_ROWS + 1, 3000])
-    data = np.zeros((rows, 4), np.float32).tobytes() + np.zeros((rows, 2), np.int64).tobytes()
-    for spec in tree["inputs"]:
-        spec["shape"][0] = rows
-        spec["parameters"]["binary_data_size"] = rows * 16
-    return Mutant("no rows or too many", binary(tree, data))
-
-
-def _rows_differ(r: random.Random) -> Mutant:
-    tree = header()
-    tree["inputs"][1].update(shape=[2, 2], parameters={"binary_data_size": 32})
-    return Mutant("inputs differ in rows", binary(tree, X.tobytes() + K.tobytes() * 2))
-
-
-def _utf8(r: random.Random) -> Mutant:
-    text = bytearray(json.dumps(header()).encode())
-    at = text.index(b'"7"') + 1
-    text[at : at + 1] = r.choice(
-        [b"\xff", b"\xc3\x28", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\x80", b"\xc0\xaf", b"\x00"]
-    )
-    return Mutant("invalid UTF-8", binary(bytes(text)))
-
-
-def _cut_json(r: random.Random) -> Mutant:
-    text = json.dumps(header()).encode()
-    return Mutant("JSON cut short", binary(text[: r.randrange(1, len(text))]))
-
-
-def _byte(r: random.Random) -> Mutant:
-    text = bytearray(json.dumps(header()).encode())
-    for _ in range(r.randint(1, 4)):
-        text[r.randrange(len(text))] = r.randrange(256)
-    return Mutant("random bytes in the JSON", binary(bytes(text)), harmless=True)
-
-
-def _places(node: Any) -> list[tuple[Any, Any]]:
-    """Every container in a tree with every key of it."""
-    keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
-    return [place for key in keys for place in ((node, key), *_places(node[key]))]
-
-
-def _structure(r: random.Random) -> Mutant:
-    tree = header()
-    node, key = r.choice(_places(tree))
-    if r.random() < 0.3:
-        del node[key]
-    else:
-        node[key] = r.choice(_JUNK)
-    return Mutant("a part of the wrong type, or missing", binary(tree), harmless=True)
-
-
-def _again(r: random.Random) -> Mutant:
-    tree = header()
-    which = r.choice(["inputs", "outputs"])
-    tree[which].append(tree[which][r.randrange(2)])
-    data = X.tobytes() + K.tobytes() + (X.tobytes() if which == "inputs" else b"")
-    return Mutant("given twice", binary(tree, data))
-
-
-def _unknown(r: random.Random) -> Mutant:
-    tree = header()
-    tree[r.choice(["inputs", "outputs"])][r.randrange(2)]["name"] = r.choice(["w", "X", "", "x ", "x\0", "y" * 9999])
-    return Mutant("unknown input or output", binary(tree))
-
-
-def _state(r: random.Random) -> Mutant:
-    tree = header()
-    where = r.choice([tree, tree["inputs"][0], tree["outputs"][0]])
-    name = r.choice(["shared_memory_region", "classification", "sequence_id", "priority", "timeout"])
-    wrong: list[Any] = ["x", -1, 1.5, [], {}, 10**400, "\ud800"]
-    where.setdefault("parameters", {})[name] = r.choice(wrong)
-    return Mutant("parameters of another kind", binary(tree), harmless=True)
-
-
-def _place(r: random.Random) -> dict[str, Any]:
+def misplaced(r: random.Random) -> dict[str, Any]:
     """The parameters of a tensor of 16 bytes that lies nowhere."""
     right: dict[str, Any] = {"region": REGION, "byte_size": 16, "offset": r.choice([0, 16, 48])}
     which = r.choice(list(right))
@@ -271,25 +68,12 @@ def _place(r: random.Random) -> dict[str, Any]:
     elif which == "region":
         right[which] = r.choice(["", "nope", "../" + REGION, "/" + REGION, REGION + "\0", "x" * 5000, "🙂"])
     elif which == "byte_size":
-        right[which] = r.choice([s for s in _SIZES if s < 16] + [2**31, 2**62, 2**63 - 1])
+        right[which] = r.choice([s for s in SIZES if s < 16] + [2**31, 2**62, 2**63 - 1])
         if right[which] in (0, 1, 15) and r.random() < 0.5:
             right["offset"] = r.choice([64, 65, 2**62])
     else:
         right[which] = r.choice([-1, 49, 64, 65, 2**31, 2**62, 2**63 - 1])
     return {f"shared_memory_{name}": value for name, value in right.items()}
-
-
-def _memory(r: random.Random) -> Mutant:
-    tree = header()
-    which = r.choice(["inputs", "outputs"])
-    place = _place(r)
-    if r.random() < 0.2:
-        place[r.choice(list(place))] = r.choice([True, 1.5, [], {}, 10**400, "\ud800", b"1".hex() * 99, -(2**63)])
-    if which == "inputs":
-        tree["inputs"][0]["parameters"] = place
-        return Mutant("shared memory that is not there", binary(tree, K.tobytes()))
-    tree["outputs"][0]["parameters"] = place
-    return Mutant("shared memory that is not there", binary(tree))
 
 
 _KEYS: list[Any] = [
@@ -299,7 +83,7 @@ _KEYS: list[Any] = [
 ]  # fmt: skip
 
 
-def _registration(r: random.Random) -> tuple[str, dict[str, Any]]:
+def registration(r: random.Random) -> tuple[str, dict[str, Any]]:
     """A name, and what is wrong to be registered by it."""
     name, said = f"new-{r.randrange(10**9)}", {"key": "/" + REGION, "offset": 0, "byte_size": 64}
     match r.randrange(4):
@@ -312,344 +96,3 @@ def _registration(r: random.Random) -> tuple[str, dict[str, Any]]:
         case _:
             said["byte_size"] = r.choice([0, 65, 2**31, 2**62, 2**63 - 1, 2**64 - 1])
     return name, said
-
-
-def _register(r: random.Random) -> Mutant:
-    name, said = _registration(r)
-    body = json.dumps(said).encode()
-    if r.random() < 0.4:
-        said[r.choice(list(said))] = r.choice([None, True, -1, 1.5, 10**400, [], {}, "\ud800", "-5"])
-        body = json.dumps(said).encode()
-    elif r.random() < 0.2:
-        body = r.choice([b"", b"[]", b"{", b"null", b"7", body[:-1], r.randbytes(40)])
-    return Mutant(
-        "shared memory that cannot be registered",
-        post(f"/v2/systemsharedmemory/region/{urllib.parse.quote(name)}/register", body),
-    )
-
-
-def _compression(r: random.Random) -> Mutant:
-    text = json.dumps(header()).encode() + X.tobytes() + K.tobytes()
-    packed = gzip.compress(text) if r.random() < 0.5 else zlib.compress(text)
-    broken = bytearray(packed)
-    match r.randrange(4):
-        case 0:
-            broken = broken[: r.randrange(len(broken) - 1)]
-        case 1:
-            broken[r.randrange(len(broken) - 8)] ^= 1 << r.randrange(8)
-        case 2:
-            broken = bytearray(r.randbytes(60))
-        case _:
-            broken = bytearray(gzip.compress(bytes(8 << 20)))
-    encoding = r.choice(["gzip", "deflate", "br", "gzip, gzip", "x" * 100, "\udcff"])
-    headers = {"Inference-Header-Content-Length": str(len(text) - 32), "Content-Encoding": encoding}
-    # a flipped bit in the header of gzip (its time, its system) changes nothing
-    return Mutant("broken compression", post(f"/v2/models/{MODEL}/infer", bytes(broken), headers), harmless=True)
-
-
-def _random_body(r: random.Random) -> Mutant:
-    size = r.choice([0, 1, 3, 100, 5000])
-    headers = {} if r.random() < 0.5 else {"Inference-Header-Content-Length": str(r.randint(1, 200))}
-    return Mutant("random bytes", post(f"/v2/models/{MODEL}/infer", r.randbytes(size), headers))
-
-
-def _nested(r: random.Random) -> Mutant:
-    depth = r.choice([10, 500, 100_000])
-    tree = header()
-    tree["inputs"][0] = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": "@"}
-    text = json.dumps(tree).encode().replace(b'"@"', b"[" * depth + b"1" + b"]" * depth)
-    return Mutant("nested deeply", binary(text, K.tobytes()))
-
-
-def _numbers(r: random.Random) -> Mutant:
-    wrong = [b"[1,2,3]", b"[1,2,3,4,5]", b"[]", b'["1",2,3,4]', b"[NaN,1,2,3]", b"[Infinity,1,2,3]", b"[[1],[2,3],[4]]"]
-    wrong += [
-        b"[null,1,2,3]",
-        b"[{},1,2,3]",
-        b"1",
-        b'"abcd"',
-        b"{}",
-        b"null",
-        b"[1,2,3,4",
-        b"[1e999,1,2,3]",
-        b"[[1,2],[3]]",
-    ]
-    integers = [b"[1.5,2]", b"[99999999999999999999,1]", b"[-9223372036854775809,1]", b"[1e30,1]", b"[true,2]"]
-    x, k = b"[1,2,3,4]", b"[1,2]"
-    if r.random() < 0.6:
-        x = r.choice(wrong)
-    else:
-        k = r.choice(integers)
-    body = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,4],"data":%s},' % x
-    body += b'{"name":"k","datatype":"INT64","shape":[1,2],"data":%s}]}' % k
-    return Mutant("numbers that do not fit", post(f"/v2/models/{MODEL}/infer", body))
-
-
-def _path(r: random.Random) -> Mutant:
-    name = r.choice(_NAMES)
-    path = r.choice(["/v2/models/{}/infer", "/v2/models/two/versions/{}/infer", "/predict/{}", "/result/{}"]).format(
-        name
-    )
-    text = json.dumps(header()).encode()
-    headers = {"Inference-Header-Content-Length": str(len(text))}
-    return Mutant("names that lead elsewhere", post(path, text + X.tobytes() + K.tobytes(), headers))
-
-
-def _version(r: random.Random) -> Mutant:
-    version = r.choice(["0", "2", "-1", "01", "1.0", "99999999999999999999", "latest", "%D9%A1"])
-    text = json.dumps(header()).encode()
-    headers = {"Inference-Header-Content-Length": str(len(text))}
-    path = f"/v2/models/two/versions/{version}/infer"
-    return Mutant("no such version", post(path, text + X.tobytes() + K.tobytes(), headers))
-
-
-def _method(r: random.Random) -> Mutant:
-    right = right_http()
-    return Mutant("another method", r.choice([b"PUT", b"DELETE", b"PATCH", b"GET"]) + right[4:])
-
-
-def _predict(r: random.Random) -> Mutant:
-    kinds = [
-        "image/jpeg",
-        "image/png",
-        "application/json",
-        "multipart/form-data; boundary=b",
-        "multipart/form-data",
-        "",
-    ]
-    bodies = [
-        b"{",
-        b"[[1,2,3]]",
-        b'{"inputs":{"x":[[1,2]]}}',
-        b'{"inputs":5}',
-        b'{"instances":[{"x":"a"}]}',
-        b"{}",
-        b"",
-    ]
-    bodies += [r.randbytes(200), b"\xff\xd8\xff\xe0" + r.randbytes(99), b"\x89PNG\r\n\x1a\n" + r.randbytes(99), b"null"]
-    bodies += [b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\nabc\r\n--b--\r\n', b"--b\r\n\r\n"]
-    body = r.choice(bodies)
-    return Mutant("predict without sense", post(f"/predict/{MODEL}", body, {"Content-Type": r.choice(kinds)}))
-
-
-def _http(r: random.Random) -> Mutant:
-    """What is no HTTP/1.1, or lies about its own length."""
-    right = right_http()
-    wrong = [
-        b"\0" * 50 + b"\r\n\r\n",
-        r.randbytes(60) + b"\r\n\r\n",
-        b"POST\r\n\r\n",
-        b"POST / HTTP/9.9\r\n\r\n",
-        b"GET /v2 HTTP/1.1\r\nHost: x\r\nno colon here\r\n\r\n",
-        right.replace(b"Content-Length: ", b"Content-Length: -", 1),
-        right.replace(b"Content-Length: ", b"Content-Length: x", 1),
-        right.replace(b"Content-Length: ", b"Content-Length: 99999999999999999999", 1),
-        right.replace(b"Host: x", b"Content-Length: 3\r\nHost: x", 1),
-        right.replace(b"Host: x", b"Transfer-Encoding: chunked\r\nHost: x", 1),
-        b"POST /v2/models/two/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n0\r\n\r\n",
-        b"POST /v2/models/two/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\nabc\r\n0\r\n\r\n",
-        right.replace(b"Host: x", b"Long: " + b"a" * 100_000, 1),
-        right.replace(b"Host: x", b"\r\n".join(b"H%d: %s" % (i, b"a" * 50) for i in range(2000)), 1),
-        post("/v2/models/" + "a" * 200_000 + "/infer", b"{}"),
-        post(f"/v2/models/{MODEL}/infer", b"abc", length=10 << 30),
-        right.replace(b"\r\nHost", b"\r\nHost\0", 1),
-    ]
-    return Mutant("no HTTP", r.choice(wrong))
-
-
-def _cut(r: random.Random) -> Mutant:
-    right = right_http()
-    return Mutant("cut short", right[: r.randrange(1, len(right) - 1)], cut=True)
-
-
-_HTTP: tuple[Callable[[random.Random], Mutant], ...] = (
-    _truncated, _too_much, _lying_size, _shifted_sizes, _lying_header, _dtype, _shape, _matching_shape, _rows_differ,
-    _utf8, _cut_json, _byte, _structure, _again, _unknown, _state, _memory, _register, _compression, _random_body,
-    _nested, _numbers, _path, _version, _method, _predict, _http, _cut,
-)  # fmt: skip
-
-
-# gRPC
-
-
-def _g_raw(r: random.Random) -> Mutant:
-    request = right_grpc()
-    which, size = r.randrange(2), r.choice([0, 1, 15, 17, 32, 1000])
-    request.raw_input_contents[which] = r.randbytes(size)
-    return Mutant("raw contents of another size", request.SerializeToString())
-
-
-def _g_count(r: random.Random) -> Mutant:
-    request = right_grpc()
-    if r.random() < 0.5:
-        request.raw_input_contents.append(r.randbytes(16))
-    else:
-        del request.raw_input_contents[r.randrange(2) :]
-    return Mutant("more or fewer raw contents than inputs", request.SerializeToString())
-
-
-def _g_dtype(r: random.Random) -> Mutant:
-    request = right_grpc()
-    tensor = request.inputs[r.randrange(2)]
-    tensor.datatype = r.choice([d for d in _DTYPES if d != tensor.datatype])
-    return Mutant("wrong dtype", request.SerializeToString())
-
-
-def _g_shape(r: random.Random) -> Mutant:
-    request = right_grpc()
-    tensor = request.inputs[r.randrange(2)]
-    shape = r.choice([s for s in _SHAPES if s != list(tensor.shape)])
-    del tensor.shape[:]
-    tensor.shape.extend(shape)
-    return Mutant("wrong shape", request.SerializeToString())
-
-
-def _g_name(r: random.Random) -> Mutant:
-    request = right_grpc()
-    match r.randrange(4):
-        case 0:
-            request.inputs[r.randrange(2)].name = r.choice(["", "w", "x" * 9999])
-        case 1:
-            request.outputs.add(name=r.choice(["", "x", "w" * 999]))
-        case 2:
-            request.outputs.add(name="y")
-            request.outputs.add(name="y")
-        case _:
-            request.inputs.add().CopyFrom(request.inputs[0])
-            request.raw_input_contents.append(X.tobytes())
-    return Mutant("names unknown or twice", request.SerializeToString())
-
-
-def _g_model(r: random.Random) -> Mutant:
-    request = right_grpc()
-    if r.random() < 0.5:
-        request.model_name = r.choice(["", "..", "../two", "a" * 9999, "two\0", "TWO", "/etc/passwd"])
-    else:
-        request.model_version = r.choice(["0", "2", "-1", "x", "..", "9" * 99, "01"])
-    return Mutant("no such model or version", request.SerializeToString())
-
-
-def _g_typed(r: random.Random) -> Mutant:
-    request = right_grpc()
-    contents = request.inputs[0].contents
-    match r.randrange(5):
-        case 0:  # both forms at once
-            contents.fp32_contents.extend([1, 2, 3, 4])
-        case 1:
-            del request.raw_input_contents[:]
-            contents.fp32_contents.extend([1.0] * r.choice([0, 3, 5]))
-            request.inputs[1].contents.int64_contents.extend([1, 2])
-        case 2:
-            del request.raw_input_contents[:]
-            contents.int_contents.extend([1, 2, 3, 4])
-            request.inputs[1].contents.int64_contents.extend([1, 2])
-        case 3:
-            del request.raw_input_contents[:]
-            contents.bytes_contents.extend([r.randbytes(4)] * 4)
-            request.inputs[1].contents.int64_contents.extend([1, 2])
-        case _:
-            del request.raw_input_contents[:]
-    return Mutant("typed contents that do not fit", request.SerializeToString())
-
-
-def _g_parameters(r: random.Random) -> Mutant:
-    request = right_grpc()
-    where = r.choice([request, request.inputs[0]])
-    name = r.choice(["shared_memory_region", "sequence_id", "priority", "timeout", "binary_data_size", "x"])
-    parameter = where.parameters[name]
-    match r.randrange(4):
-        case 0:
-            parameter.int64_param = r.choice(_SIZES)
-        case 1:
-            parameter.string_param = r.choice(["", "x", "x" * 9999])
-        case 2:
-            parameter.bool_param = True
-        case _:
-            parameter.double_param = r.choice([float("nan"), float("inf"), -1.5])
-    return Mutant("parameters of another kind", request.SerializeToString(), harmless=True)
-
-
-def _g_memory(r: random.Random) -> Mutant:
-    request = right_grpc()
-    if r.random() < 0.5:
-        where = request.inputs[0]
-        if r.random() < 0.8:
-            del request.raw_input_contents[0]
-    else:
-        where = request.outputs.add(name="y")
-    for name, value in _place(r).items():
-        if isinstance(value, str):
-            where.parameters[name].string_param = value
-        else:
-            where.parameters[name].int64_param = value
-    return Mutant("shared memory that is not there", request.SerializeToString())
-
-
-def _g_register(r: random.Random) -> Mutant:
-    name, said = _registration(r)
-    message = pb.SystemSharedMemoryRegisterRequest(name=name, **said).SerializeToString()
-    return Mutant("shared memory that cannot be registered", message, "SystemSharedMemoryRegister")
-
-
-def _g_bytes(r: random.Random) -> Mutant:
-    data = bytearray(right_grpc().SerializeToString())
-    match r.randrange(3):
-        case 0:
-            data = bytearray(r.randbytes(r.choice([1, 10, 200])))
-        case 1:
-            del data[r.randrange(1, len(data)) :]
-        case _:
-            for _ in range(r.randint(1, 4)):
-                data[r.randrange(len(data))] = r.randrange(256)
-    return Mutant(
-        "random bytes", bytes(data), r.choice(["ModelInfer", "ModelConfig", "RepositoryIndex"]), harmless=True
-    )
-
-
-def _g_utf8(r: random.Random) -> Mutant:
-    data = right_grpc().SerializeToString()
-    wrong = r.choice([b"\xff\xff\xff", b"\xc3\x28x", b"\xed\xa0\x80", b"\x80xx"])
-    return Mutant("invalid UTF-8", data.replace(b"\x03two", b"\x03" + wrong, 1))
-
-
-def _g_method(r: random.Random) -> Mutant:
-    names = ["ModelMetadata", "ModelReady", "ModelConfig", "ModelStatistics"]
-    request = pb.ModelReadyRequest(name=r.choice(["", "..", "a" * 9999, "two\0"]), version=r.choice(["", "x", "2"]))
-    # an empty name is all models to ModelStatistics, and a model that is not there is one that is not ready
-    return Mutant("no such model", request.SerializeToString(), r.choice(names), harmless=True)
-
-
-def _g_unknown(r: random.Random) -> Mutant:
-    names = ["Nothing", "ModelInfer2", "x" * 500, "SystemSharedMemoryRegister", "TraceSetting", "LogSettings"]
-    return Mutant("no such method", r.randbytes(5), r.choice(names))
-
-
-def _g_huge(r: random.Random) -> Mutant:
-    request = right_grpc()
-    request.raw_input_contents[0] = bytes(2 << 20)
-    return Mutant("larger than is taken", request.SerializeToString())
-
-
-_GRPC: tuple[Callable[[random.Random], Mutant], ...] = (
-    _g_raw, _g_count, _g_dtype, _g_shape, _g_name, _g_model, _g_typed, _g_parameters, _g_bytes, _g_utf8, _g_method,
-    _g_unknown, _g_huge, _g_memory, _g_register,
-)  # fmt: skip
-
-
-def http_mutants(count: int, seed: int) -> list[Mutant]:
-    """``count`` wrong requests, every kind as often as any other."""
-    return [_HTTP[i % len(_HTTP)](random.Random(seed * 1_000_003 + i)) for i in range(count)]
-
-
-def grpc_mutants(count: int, seed: int) -> list[Mutant]:
-    """``count`` wrong messages, every kind as often as any other."""
-    return [_GRPC[i % len(_GRPC)](random.Random(seed * 1_000_003 + i)) for i in range(count)]
-
-
-def http2_junk(r: random.Random) -> bytes:
-    """What is no HTTP/2, or stops being it after the preface."""
-    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-    frame = struct.pack(">I", r.randrange(1 << 24))[1:] + bytes([r.randrange(256), r.randrange(256)]) + r.randbytes(4)
-    return r.choice(
-        [r.randbytes(100), b"GET / HTTP/1.1\r\n\r\n", preface + r.randbytes(200), preface + frame + r.randbytes(50)]
-    )

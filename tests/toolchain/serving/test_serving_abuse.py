@@ -26,7 +26,9 @@ import pytest
 grpc = pytest.importorskip("grpc")
 pb = pytest.importorskip("tritonclient.grpc.service_pb2")
 pytest.importorskip("uvicorn")
-import serving_mutants as mutants  # noqa: E402
+from serving_grpc_mutants import grpc_mutants, http2_junk, right_grpc  # noqa: E402
+from serving_http_mutants import http_mutants, right_http  # noqa: E402
+from serving_mutants import REGION, K, Mutant, X  # noqa: E402
 
 from toolchain.serving.shared_memory import MAX_REGIONS, MEMORY  # noqa: E402
 
@@ -109,13 +111,13 @@ class Server:
     def serves(self) -> None:
         """Both protocols answer a right request rightly."""
         assert self.process.poll() is None, self.log.read_text()[-4000:]
-        assert self.exchange(mutants.right_http()) == 200
+        assert self.exchange(right_http()) == 200
         answer = self.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(
-            mutants.right_grpc().SerializeToString(), timeout=20
+            right_grpc().SerializeToString(), timeout=20
         )
         outputs = pb.ModelInferResponse.FromString(answer)
-        np.testing.assert_array_equal(np.frombuffer(outputs.raw_output_contents[0], np.float32), mutants.X[0])
-        np.testing.assert_array_equal(np.frombuffer(outputs.raw_output_contents[1], np.int64), -mutants.K[0])
+        np.testing.assert_array_equal(np.frombuffer(outputs.raw_output_contents[0], np.float32), X[0])
+        np.testing.assert_array_equal(np.frombuffer(outputs.raw_output_contents[1], np.int64), -K[0])
 
     def resident_mb(self) -> float:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -145,15 +147,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @contextlib.contextmanager
 def _registered(server: Server) -> Iterator[None]:
     """The region that requests name, and what they try in place of its memory."""
-    region = MEMORY / mutants.REGION
-    others = {kind: MEMORY / f"{mutants.REGION}-{kind}" for kind in ("short", "link", "folder", "pipe")}
+    region = MEMORY / REGION
+    others = {kind: MEMORY / f"{REGION}-{kind}" for kind in ("short", "link", "folder", "pipe")}
     try:
         region.write_bytes(bytes(64))
         others["short"].write_bytes(bytes(8))
         others["link"].symlink_to(region)
         others["folder"].mkdir()
         os.mkfifo(others["pipe"])
-        message = pb.SystemSharedMemoryRegisterRequest(name=mutants.REGION, key=region.name, byte_size=64)
+        message = pb.SystemSharedMemoryRegisterRequest(name=REGION, key=region.name, byte_size=64)
         assert server.call("SystemSharedMemoryRegister", message.SerializeToString()) == "OK"
         yield
     finally:
@@ -162,7 +164,7 @@ def _registered(server: Server) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _each(server: Server, wrong: list[mutants.Mutant]) -> Iterator[tuple[int, mutants.Mutant]]:
+def _each(server: Server, wrong: list[Mutant]) -> Iterator[tuple[int, Mutant]]:
     """The requests with their numbers; now and then, and in the end, the server is asked something right."""
     server.serves()
     before = 0.0
@@ -179,7 +181,7 @@ def _each(server: Server, wrong: list[mutants.Mutant]) -> Iterator[tuple[int, mu
 def test_http(server: Server) -> None:
     seen: collections.Counter[tuple[str, int | None]] = collections.Counter()
     wrong = []
-    for number, mutant in _each(server, mutants.http_mutants(COUNT * 2 // 3, SEED)):
+    for number, mutant in _each(server, http_mutants(COUNT * 2 // 3, SEED)):
         status = server.exchange(mutant.data, cut=mutant.cut)
         seen[mutant.kind, status] += 1
         right = (status is not None and 400 <= status < 500) or (status == 200 and mutant.harmless)
@@ -196,7 +198,7 @@ _TOLD = {"INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED",
 
 def test_grpc(server: Server) -> None:
     wrong = []
-    for number, mutant in _each(server, mutants.grpc_mutants(COUNT // 3, SEED)):
+    for number, mutant in _each(server, grpc_mutants(COUNT // 3, SEED)):
         status = server.call(mutant.method, mutant.data)
         bytes_only = mutant.kind in ("random bytes", "invalid UTF-8") and status == "INTERNAL"
         # a timeout of some microseconds is a right one, and is over
@@ -208,18 +210,18 @@ def test_grpc(server: Server) -> None:
 
 @pytest.mark.skipif(not MEMORY.is_dir(), reason="this system has no /dev/shm")
 def test_shared_memory_that_is_cut_short_all_the_time(server: Server) -> None:
-    region, ended = MEMORY / mutants.REGION, threading.Event()
+    region, ended = MEMORY / REGION, threading.Event()
 
     def cut() -> None:
         r = random.Random(SEED)
         while not ended.is_set():
             os.truncate(region, r.choice([0, 1, 16, 40, 64, 64, 64]))
 
-    request = mutants.right_grpc()
+    request = right_grpc()
     del request.raw_input_contents[0]
     y = request.outputs.add(name="y")
     for where, offset in ((request.inputs[0], 0), (y, 48)):
-        where.parameters["shared_memory_region"].string_param = mutants.REGION
+        where.parameters["shared_memory_region"].string_param = REGION
         where.parameters["shared_memory_byte_size"].int64_param = 16
         where.parameters["shared_memory_offset"].int64_param = offset
     cutting = threading.Thread(target=cut)
@@ -240,7 +242,7 @@ def test_a_flood_of_registrations(server: Server) -> None:
     told: collections.Counter[str] = collections.Counter()
     try:
         for name in names:
-            message = pb.SystemSharedMemoryRegisterRequest(name=name, key=mutants.REGION, byte_size=64)
+            message = pb.SystemSharedMemoryRegisterRequest(name=name, key=REGION, byte_size=64)
             told[server.call("SystemSharedMemoryRegister", message.SerializeToString())] += 1
         assert told == {"OK": MAX_REGIONS - 1, "RESOURCE_EXHAUSTED": len(names) - MAX_REGIONS + 1}
         server.serves()
@@ -255,7 +257,7 @@ def test_what_is_no_http2(server: Server) -> None:
     for _ in range(100):
         with socket.create_connection(("127.0.0.1", server.grpc), timeout=5) as connection:
             try:
-                connection.sendall(mutants.http2_junk(r))
+                connection.sendall(http2_junk(r))
                 connection.recv(100)
             except ConnectionResetError:
                 continue
@@ -265,7 +267,7 @@ def test_what_is_no_http2(server: Server) -> None:
 @pytest.mark.parametrize("sent", ["headers", "body", "nothing"])
 def test_slow_clients_are_cut_while_others_are_served(server: Server, sent: str) -> None:
     """Slow loris (R. Hansen, 2009): many connections that each send a byte now and then."""
-    right = mutants.right_http()
+    right = right_http()
     end = right.index(b"\r\n\r\n")
     begin = {"headers": right[: end // 2], "body": right[: end + 20], "nothing": b""}[sent]
     slow = [socket.create_connection(("127.0.0.1", server.http), timeout=10) for _ in range(100)]
