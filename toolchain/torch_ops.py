@@ -392,8 +392,9 @@ def _cumulative_sum(call: Call) -> Tensor:
     if call.get("reverse", 0):
         x = x.flip(axis)
     y = x.cumsum(axis, dtype=x.dtype)
-    if call.get("exclusive", 0):
-        y = y - x
+    if call.get("exclusive", 0):  # moved on by one, since an infinity less itself is no number
+        first, rest = min(x.shape[axis], 1), max(x.shape[axis] - 1, 0)
+        y = torch.cat([torch.zeros_like(y.narrow(axis, 0, first)), y.narrow(axis, 0, rest)], axis)
     return y.flip(axis) if call.get("reverse", 0) else y
 
 

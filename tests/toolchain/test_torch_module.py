@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,18 @@ def test_operators_are_those_of_onnx_runtime(text: str) -> None:
     shape = [int(n) for n in model.graph.inputs[0].shape]
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     assert worst(model, {"x": x}) < 1e-11
+
+
+def test_a_sum_that_leaves_infinity_out_is_a_number() -> None:
+    model = graph(
+        "g (float[4] x) => (float[a] y, float[b] z) { zero = Constant <value_int = 0> () "
+        "y = CumSum <exclusive = 1> (x, zero) z = CumSum <exclusive = 1, reverse = 1> (x, zero) }"
+    )
+    module = to_torch(model)
+    y, z = module(torch.tensor([1.0, 2.0, math.inf, 3.0]))
+    assert y.tolist() == [0, 1, 3, math.inf]
+    assert z.tolist() == [math.inf, math.inf, 3, 0]
+    assert [each.tolist() for each in module(torch.zeros(0))] == [[], []]
 
 
 def test_old_opsets_say_axes_and_limits_otherwise() -> None:
