@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,22 @@ def optimised(model: ir.Model) -> ir.Model:
     return copy
 
 
+def line(row: Mapping[str, Any]) -> str:
+    """What ``measure`` found, behind a graph's name."""
+    proof = f"{row['error']:9.1e}{row['moved']:9.1e}" if "error" in row else f"  {'; '.join(row['declined'])[:90]}"
+    counts = f"{row['groups']:>7}{row['heads']:>6}{len(row['declined']):>5}{row['parameters']:>11.3f}"
+    return f"{row['nodes']:>5}{row['seconds']:>8.3f} s{counts}{proof}"
+
+
+def concluded(name: str, ratio: float, rows: Sequence[Mapping[str, Any]], path: Path | None) -> int:
+    """Prints the line of JSON, and writes it to a path. 1 where a cut graph is not the whole one masked."""
+    text = json.dumps({"benchmark": name, "ratio": ratio, "rows": rows})
+    if path is not None:
+        path.write_text(text)
+    print(text)
+    return 0 if all(row.get("error", 0.0) <= 1e-10 for row in rows) else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(ZOO))
@@ -166,14 +182,7 @@ def main() -> int:
                 print(f"{name:<28}{form:<10}{error}")
                 continue
             rows.append({"graph": name, "form": form, **row})
-            proof = (
-                f"{row['error']:9.1e}{row['moved']:9.1e}" if "error" in row else f"  {'; '.join(row['declined'])[:90]}"
-            )
-            print(
-                f"{name:<28}{form:<10}{row['nodes']:>5}{row['seconds']:>8.3f} s{row['groups']:>7}{row['heads']:>6}"
-                f"{len(row['declined']):>5}{row['parameters']:>11.3f}{proof}",
-                flush=True,
-            )
+            print(f"{name:<28}{form:<10}{line(row)}", flush=True)
     model = chain(100)
     prepare(model)
     started = time.perf_counter()
@@ -181,11 +190,7 @@ def main() -> int:
     seconds = time.perf_counter() - started
     print(f"{'a chain of 100 blocks':<38}{len(model.graph):>5}{seconds:>8.3f} s{len(groups):>7}")
     rows.append({"graph": "chain", "nodes": len(model.graph), "seconds": seconds, "groups": len(groups)})
-    text = json.dumps({"benchmark": "pruning_graphs", "ratio": options.ratio, "rows": rows})
-    if options.json is not None:
-        options.json.write_text(text)
-    print(text)
-    return 0 if all(row.get("error", 0.0) <= 1e-10 for row in rows) else 1
+    return concluded("pruning_graphs", options.ratio, rows, options.json)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pruning_graphs import measure, optimised
+from pruning_graphs import concluded, line, measure, optimised
 
 import runtimes
 from passes.base import PassFailed
@@ -84,17 +83,8 @@ def main() -> int:
             rows.append({"network": name, "failed": str(error)})
             continue
         rows.append({"network": name, **row})
-        proof = f"{row['error']:9.1e}{row['moved']:9.1e}" if "error" in row else f"  {'; '.join(row['declined'])[:90]}"
-        print(
-            f"{name:<40}{row['nodes']:>5}{row['seconds']:>8.3f} s{row['groups']:>7}{row['heads']:>6}"
-            f"{len(row['declined']):>5}{row['parameters']:>11.3f}{proof}",
-            flush=True,
-        )
-    text = json.dumps({"benchmark": "pruning_zoo", "ratio": options.ratio, "rows": rows})
-    if options.json is not None:
-        options.json.write_text(text)
-    print(text)
-    return 0 if all(row.get("error", 0.0) <= 1e-10 for row in rows) else 1
+        print(f"{name:<40}{line(row)}", flush=True)
+    return concluded("pruning_zoo", options.ratio, rows, options.json)
 
 
 if __name__ == "__main__":

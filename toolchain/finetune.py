@@ -172,8 +172,7 @@ def fine_tune(
         dense: the graph to distil from; it stays as it is.
         current: what the loop is told besides the teacher; None where there is one round and no folder.
         samples: inputs; where they are given, convolutions are trained with BatchNormalization behind them
-            (``batch_norm.py``), which takes learning rates as a network that has it does, and keeps gaining in runs of
-            thousands of steps. None: as the graph is.
+            (``batch_norm.py``), which takes the learning rates of a network that has it. None: as the graph is.
 
     Raises:
         DataError: there are no samples in ``samples``.
