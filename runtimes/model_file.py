@@ -123,6 +123,10 @@ def check_model_file(path: str | os.PathLike[str]) -> ModelFile:
         raise InvalidModel(
             "there is no such file", where=str(path), hint="give an .onnx file, or the folder of an artifact"
         ) from None
+    except IsADirectoryError:
+        raise InvalidModel(
+            "it is a folder", where=str(path), hint="give an .onnx file; an artifact has the exported one in export/"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL, a file that shrank meanwhile
         reason = getattr(error, "strerror", None) or str(error)
         raise InvalidModel(f"the file cannot be read: {reason}", where=str(path)) from error
